@@ -1,0 +1,186 @@
+/* llama_mtp.h: the C API of the MTP engine. This span is header, cffi cdef and documentation at once.
+ *
+ * The engine drives two contexts that belong to the caller: the target (the host's own context) and the draft
+ * context (type MTP, made from the same llama_model). It links to no llama.cpp; it is handed the addresses of the
+ * functions in the library that the process already loaded, and a description of the one struct that is passed by
+ * value.
+ *
+ * One round, in the direction of the data:
+ *
+ *     pending rows (token k, hidden row k-1) --catch-up + first step--> draft d1..dn
+ *     target decode of [last, d1..dn] --verify--> rows, sampled one by one
+ *     settle: both memories are cut to the rows that were really sampled; their hidden rows are pending again
+ *
+ * Every call returns an mtp_status. On failure mtp_session_error() gives one sentence. No call is reentrant: a
+ * second thread gets MTP_BUSY.
+ */
+#ifndef LLAMA_MTP_H
+#define LLAMA_MTP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// cdef-begin
+
+enum mtp_status {
+    MTP_OK = 0,
+    MTP_INVALID = 1,     /* an argument or the order of calls is wrong; nothing was changed */
+    MTP_ABI = 2,         /* the host's llama_batch is not laid out as this build expects */
+    MTP_HOST = 3,        /* a host function failed; the target keeps what it had before the call */
+    MTP_ROLLBACK = 4,    /* the target cannot go back that far: clear it and evaluate again; nothing was changed */
+    MTP_BUSY = 5,        /* another thread is inside this session */
+    MTP_NO_MEMORY = 6,
+    MTP_EXCEPTION = 7,   /* a C++ exception was caught at the boundary */
+};
+
+/* How the target's memory goes back to an earlier position. */
+enum mtp_rollback {
+    MTP_ROLLBACK_ATTENTION = 0, /* any suffix can be removed */
+    MTP_ROLLBACK_SNAPSHOTS = 1, /* recurrent state: the rows of the last ubatch, at most n_rs_seq, once per decode */
+};
+
+/* Addresses of the host's functions, in the order of include/llama.h and src/llama-ext.h. */
+struct mtp_host_api {
+    void * llama_decode;
+    void * llama_synchronize;
+    void * llama_get_memory;
+    void * llama_memory_clear;
+    void * llama_memory_seq_rm;
+    void * llama_memory_seq_pos_max;
+    void * llama_get_logits_ith;
+    void * llama_sampler_sample;
+    void * llama_sampler_chain_default_params;
+    void * llama_sampler_chain_init;
+    void * llama_sampler_chain_add;
+    void * llama_sampler_init_greedy;
+    void * llama_sampler_free;
+    void * llama_set_sampler;
+    void * llama_get_sampled_token_ith;
+    void * llama_set_embeddings_nextn;
+    void * llama_get_embeddings_nextn;
+    void * llama_get_embeddings_nextn_ith;
+};
+
+/* sizeof and offsetof of the host's llama_batch, and the size of llama_sampler_chain_params, as the host's own
+ * bindings see them. */
+struct mtp_host_layout {
+    size_t batch_size;
+    size_t n_tokens, token, embd, pos, n_seq_id, seq_id, logits;
+    size_t chain_params_size;
+};
+
+struct mtp_session_params {
+    void *  target;      /* llama_context of the host */
+    void *  draft;       /* llama_context of type MTP, or NULL: drafts then come from the caller */
+    int32_t n_vocab;
+    int32_t n_embd;      /* width of a hidden row, floats */
+    int32_t n_ctx;       /* positions that both contexts can hold */
+    int32_t n_batch;     /* most rows in one decode of either context */
+    int32_t n_ubatch;
+    int32_t n_draft_max; /* bound on the depth; 1 + n_draft_max rows must fit n_batch */
+    int32_t n_rs_seq;    /* snapshots that the target really has, llama_n_rs_seq() */
+    int32_t rollback;    /* enum mtp_rollback */
+    int32_t gathers;     /* 1: the MTP graph publishes hidden rows of outputs only (read masked) */
+    int32_t gaps;        /* 1: positions of the draft context may jump (M-RoPE) */
+    int32_t confidence;  /* 1: draft picks bring their probability (top-10 softmax); 0: argmax on the device */
+};
+
+/* What next() did. Times are nanoseconds of one round and are set when a round begins. */
+struct mtp_step {
+    int32_t token;       /* the emitted token */
+    int32_t rows_left;   /* verify rows that can still be sampled; 0: the next call begins a round */
+    int32_t new_round;   /* 1 when this call drafted and verified */
+    int32_t n_drafted;   /* drafts of the current round */
+    int32_t n_accepted;  /* drafts of the current round that the samples so far agreed with */
+    int32_t n_sampled;   /* rows of the current round that were sampled so far */
+    int64_t target_ns;   /* the round's target decode with its wait */
+    int64_t draft_ns;    /* the round's draft decodes with their waits */
+};
+
+/* Counters since the session was opened. */
+struct mtp_counters {
+    int64_t n_rounds, n_target_decodes, n_draft_decodes, n_drafted, n_accepted, n_sampled;
+    int64_t n_draft_restarts;  /* times a gap emptied the draft context */
+    int64_t target_ns, draft_ns, sample_ns, total_ns; /* total: inside this library; the rest are its host calls */
+};
+
+typedef struct mtp_session mtp_session;
+
+/* The package version that this module was built for. */
+const char * mtp_version(void);
+
+/* Opens a session. On failure *out is NULL and text (n_text bytes) holds one sentence. */
+int mtp_session_open(const struct mtp_host_api * api, const struct mtp_host_layout * layout,
+                     const struct mtp_session_params * params, mtp_session ** out, char * text, size_t n_text);
+
+/* Frees the session. detach = 1: the draft context is still alive and its sampler is taken off it first. */
+void mtp_session_close(mtp_session * session, int detach);
+
+/* One sentence on the last failure. Valid until the next call on the session. */
+const char * mtp_session_error(const mtp_session * session);
+
+/* --- capture: after each decode of the target that the session did not do itself --------------------------------- */
+
+/* The host decoded n tokens (sequence 0) at consecutive positions from pos, and logits of the last one are live.
+ * Copies the hidden rows; decodes them in the draft context when more than n_batch are waiting. */
+int mtp_capture(mtp_session * session, const int32_t * tokens, int32_t n, int32_t pos);
+
+/* --- one call per token ------------------------------------------------------------------------------------------ */
+
+/* Samples the next row with the caller's llama_sampler chain. With no row left it first settles, drafts up to depth
+ * tokens after last (which stands at position pos), and verifies them in one target decode. */
+int mtp_next(mtp_session * session, void * sampler, int32_t last, int32_t pos, int32_t depth, float p_min,
+             struct mtp_step * step);
+
+/* --- underneath, for drafts that come from elsewhere ------------------------------------------------------------- */
+
+/* Drafts at most depth tokens after last at position pos. *n_out is 0 to depth. Needs a draft context. */
+int mtp_draft(mtp_session * session, int32_t last, int32_t pos, int32_t depth, float p_min, int32_t * tokens,
+              int32_t * n_out);
+
+/* Target decode of [last, tokens...] from position pos; the rows are then sampled by mtp_sample or by the caller. */
+int mtp_verify(mtp_session * session, int32_t last, int32_t pos, const int32_t * tokens, int32_t n);
+
+/* Samples the next verify row with the caller's chain. rows_left is 0 after the first row that disagrees. */
+int mtp_sample(mtp_session * session, void * sampler, struct mtp_step * step);
+
+/* The caller sampled n_rows verify rows itself (1 to 1 + drafts): keep these and settle. */
+int mtp_commit(mtp_session * session, int32_t n_rows);
+
+/* --- rollback ---------------------------------------------------------------------------------------------------- */
+
+/* Cuts target and draft to the rows that were sampled. A no-op between rounds. */
+int mtp_settle(mtp_session * session);
+
+/* Cuts target and draft to n_past positions, with one rollback also in the middle of a round. */
+int mtp_truncate(mtp_session * session, int32_t n_past);
+
+/* 1 when mtp_truncate(n_past) would succeed now. */
+int mtp_can_truncate(mtp_session * session, int32_t n_past);
+
+/* The target's memory was replaced or cleared by someone else and now ends at n_past: forget all bookkeeping. */
+int mtp_forget(mtp_session * session, int32_t n_past);
+
+/* Cuts the draft context to what it has in common with the caller's history (tokens at positions 0..n-1). */
+int mtp_align(mtp_session * session, const int32_t * tokens, int32_t n);
+
+/* Batch row whose logits are those of the target's last kept position, or -1. */
+int mtp_live_row(const mtp_session * session);
+
+/* Positions the target holds, pending rows left out; and those the draft context has seen with true hidden rows. */
+int mtp_n_past(const mtp_session * session);
+int mtp_n_past_draft(const mtp_session * session);
+
+void mtp_session_counters(const mtp_session * session, struct mtp_counters * out);
+
+// cdef-end
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,202 @@
+#include "draft.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace mtp {
+
+namespace {
+
+constexpr int n_top = 10;  // as llama.cpp: p is a softmax over the ten best, not over the vocabulary
+
+}  // namespace
+
+drafter::drafter(const host_api & api, const mtp_session_params & params)
+    : api_(api), params_(params), memory_(api.get_memory(params.draft)), queue_(params.n_batch, params.n_embd),
+      batch_(params.n_batch, params.n_embd), hidden_(params.n_embd), pick_(&drafter::pick_host) {
+    if (memory_ == nullptr) {
+        throw failure(MTP_HOST, "the draft context has no memory");
+    }
+    api_.set_embeddings_nextn(params_.draft, true, params_.gathers != 0);
+    if (params_.confidence == 0) {
+        chain_ = api_.chain_init(api_.chain_default_params());
+        void * greedy = chain_ != nullptr ? api_.init_greedy() : nullptr;
+        if (greedy != nullptr) {
+            api_.chain_add(chain_, greedy);
+            if (api_.set_sampler(params_.draft, 0, chain_)) {
+                pick_ = &drafter::pick_device;
+            }
+        }
+    }
+}
+
+drafter::~drafter() {
+    if (chain_ != nullptr) {
+        api_.sampler_free(chain_);
+    }
+}
+
+void drafter::detach() {
+    if (chain_ != nullptr) {
+        api_.set_sampler(params_.draft, 0, nullptr);
+    }
+}
+
+void drafter::restart(int32_t pos) {
+    api_.memory_clear(memory_, false);
+    queue_.restart(pos);
+    memory_end_ = pos;
+}
+
+void drafter::capture(const int32_t * tokens, const float * rows, int32_t n, int32_t pos) {
+    if (!alive()) {
+        return;
+    }
+    if (pos > queue_.end() || pos < queue_.start()) {
+        if (params_.gaps != 0 && pos > queue_.end()) {
+            // The positions in between belong to an image: the memory may jump, the history may not pretend.
+            catch_up();
+            queue_.restart(pos);
+        } else {
+            ++n_restarts;
+            restart(pos);
+        }
+    }
+    if (queue_.waiting() + n > params_.n_batch) {
+        catch_up();
+    }
+    queue_.append(tokens, rows, n, pos);
+}
+
+void drafter::align(const int32_t * tokens, int32_t n) {
+    const int32_t start = queue_.start();
+    if (start >= n) {
+        return;
+    }
+    queue_.cut(start + queue_.common(tokens + start, n - start, start));
+}
+
+// Removes what the memory holds beyond the true rows.
+void drafter::drop_unverified() {
+    if (memory_end_ > queue_.decoded()) {
+        if (!api_.memory_seq_rm(memory_, 0, queue_.decoded(), -1)) {
+            restart(queue_.end());
+        }
+        memory_end_ = queue_.decoded();
+    }
+}
+
+bool drafter::decode() {
+    stopwatch watch(ns);
+    ++n_decodes;
+    if (api_.decode(params_.draft, batch_.view()) != 0) {
+        ++failures_;
+        restart(queue_.end());
+        return false;
+    }
+    api_.synchronize(params_.draft);
+    memory_end_ += batch_.size();
+    return true;
+}
+
+// The waiting rows alone, without an output: a prompt longer than n_batch, or a long stretch at depth 0.
+void drafter::catch_up() {
+    if (queue_.waiting() == 0) {
+        return;
+    }
+    drop_unverified();
+    batch_.clear();
+    const int32_t end = queue_.end();
+    for (int32_t p = queue_.decoded(); p < end; ++p) {
+        batch_.push(queue_.token(p), p, false, queue_.hidden(p));
+    }
+    memory_end_ = queue_.decoded();
+    if (decode()) {
+        queue_.mark_decoded(end);
+    }
+}
+
+std::vector<int32_t> drafter::draft(int32_t last, int32_t pos, int32_t depth, float p_min) {
+    std::vector<int32_t> drafts;
+    if (!alive() || depth <= 0 || pos != queue_.end()) {
+        return drafts;
+    }
+    if (queue_.waiting() == params_.n_batch) {
+        catch_up();
+    }
+
+    // Catch-up and first step in one decode; only its last row is an output.
+    drop_unverified();
+    batch_.clear();
+    for (int32_t p = queue_.decoded(); p < pos; ++p) {
+        batch_.push(queue_.token(p), p, false, queue_.hidden(p));
+    }
+    batch_.push(last, pos, true, queue_.hidden(pos));
+    memory_end_ = queue_.decoded();
+    if (!decode()) {
+        return drafts;
+    }
+    queue_.push_decoded(last);
+
+    for (int32_t i = 1;; ++i) {
+        const int32_t row  = batch_.size() - 1;
+        const pick    next = (this->*pick_)(row);
+        if (next.token < 0 || next.token >= params_.n_vocab || next.p < p_min) {
+            break;
+        }
+        drafts.push_back(next.token);
+        const float * hidden = i < depth ? api_.get_embeddings_nextn_ith(params_.draft, row) : nullptr;
+        if (hidden == nullptr) {
+            break;
+        }
+        std::memcpy(hidden_.data(), hidden, sizeof(float) * params_.n_embd);
+        batch_.clear();
+        batch_.push(next.token, pos + i, true, hidden_.data());
+        if (!decode()) {
+            break;
+        }
+    }
+    return drafts;
+}
+
+drafter::pick drafter::pick_device(int32_t row) {
+    stopwatch watch(ns);
+    return { api_.get_sampled_token_ith(params_.draft, row), 1.0f };
+}
+
+drafter::pick drafter::pick_host(int32_t row) {
+    const float * logits = nullptr;
+    {
+        stopwatch watch(ns);
+        logits = api_.get_logits_ith(params_.draft, row);
+    }
+    if (logits == nullptr) {
+        return { -1, 0.0f };
+    }
+    // The ten best by insertion: one comparison for almost every entry.
+    float   best[n_top];
+    int32_t best_token = -1;
+    int     n          = 0;
+    for (int32_t i = 0; i < params_.n_vocab; ++i) {
+        const float x = logits[i];
+        if (n == n_top && !(x > best[n_top - 1])) {
+            continue;
+        }
+        int k = n < n_top ? n++ : n_top - 1;
+        for (; k > 0 && x > best[k - 1]; --k) {
+            best[k] = best[k - 1];
+        }
+        best[k] = x;
+        if (k == 0) {
+            best_token = i;
+        }
+    }
+    float sum = 0.0f;
+    for (int k = 0; k < n; ++k) {
+        sum += std::exp(best[k] - best[0]);
+    }
+    return { best_token, 1.0f / sum };
+}
+
+}  // namespace mtp

@@ -1,0 +1,74 @@
+// Draft: the MTP context. Catches up with the captured rows and proposes the next tokens.
+#pragma once
+
+#include "capture.hpp"
+
+#include <memory>
+#include <vector>
+
+namespace mtp {
+
+// One head, its own KV (llama.cpp common/speculative.cpp, common_speculative_impl_draft_mtp): the hidden row that the
+// head gives for step i feeds step i + 1.
+//
+// Invariant between calls: the draft memory holds true rows for [queue.start, queue.decoded), and rows of unverified
+// drafts up to memory_end; the latter are removed before the next decode.
+class drafter {
+  public:
+    drafter(const host_api & api, const mtp_session_params & params);
+    ~drafter();
+    drafter(const drafter &)             = delete;
+    drafter & operator=(const drafter &) = delete;
+
+    // The draft context outlives the session: take our sampler off it before it is freed.
+    void detach();
+
+    bool alive() const { return failures_ < max_failures; }
+    const capture_queue & queue() const { return queue_; }
+
+    // Takes rows that the target decoded at positions pos..pos+n-1. Positions after a gap restart the draft memory,
+    // unless the architecture allows the gap.
+    void capture(const int32_t * tokens, const float * rows, int32_t n, int32_t pos);
+
+    // Proposes up to depth tokens after `last` at position pos: the waiting rows and the first step go in one decode.
+    // A failed decode proposes nothing and empties the draft memory; the target is not concerned.
+    std::vector<int32_t> draft(int32_t last, int32_t pos, int32_t depth, float p_min);
+
+    // Forgets positions from pos on.
+    void cut(int32_t pos) { queue_.cut(pos); }
+    void align(const int32_t * tokens, int32_t n);
+
+    // Empties memory and queue; the next token stands at pos.
+    void restart(int32_t pos);
+
+    int64_t n_decodes  = 0;
+    int64_t n_restarts = 0;
+    int64_t ns         = 0;
+
+  private:
+    static constexpr int max_failures = 3;  // then the draft context is left alone for good
+
+    struct pick {
+        int32_t token;
+        float   p;
+    };
+
+    void catch_up();
+    bool decode();
+    void drop_unverified();
+    pick pick_device(int32_t row);
+    pick pick_host(int32_t row);
+
+    const host_api &         api_;
+    const mtp_session_params params_;
+    void *                   memory_;
+    capture_queue            queue_;
+    row_batch                batch_;
+    std::vector<float>       hidden_;      // the head's own row for the next step
+    void *                   chain_ = nullptr;
+    pick (drafter::*pick_)(int32_t row);   // resolved once: on the device, or on the host with its probability
+    int32_t memory_end_ = 0;
+    int     failures_   = 0;
+};
+
+}  // namespace mtp

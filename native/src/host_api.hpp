@@ -1,0 +1,96 @@
+// The host's functions, typed, and the one struct that is passed to them by value.
+#pragma once
+
+#include "llama_mtp.h"
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace mtp {
+
+// Carries a status to the boundary, where it becomes a return code and a sentence.
+class failure : public std::runtime_error {
+  public:
+    failure(mtp_status status, const std::string & text) : std::runtime_error(text), status(status) {}
+    const mtp_status status;
+};
+
+// llama_batch of include/llama.h. Checked against the host's own bindings in resolve().
+struct host_batch {
+    int32_t    n_tokens;
+    int32_t *  token;
+    float *    embd;
+    int32_t *  pos;
+    int32_t *  n_seq_id;
+    int32_t ** seq_id;
+    int8_t *   logits;
+};
+
+struct host_chain_params {
+    bool no_perf;
+};
+
+struct host_api {
+    int32_t (*decode)(void * ctx, host_batch batch);
+    void (*synchronize)(void * ctx);
+    void * (*get_memory)(const void * ctx);
+    void (*memory_clear)(void * memory, bool data);
+    bool (*memory_seq_rm)(void * memory, int32_t seq, int32_t p0, int32_t p1);
+    int32_t (*memory_seq_pos_max)(void * memory, int32_t seq);
+    float * (*get_logits_ith)(void * ctx, int32_t i);
+    int32_t (*sampler_sample)(void * sampler, void * ctx, int32_t i);
+    host_chain_params (*chain_default_params)();
+    void * (*chain_init)(host_chain_params params);
+    void (*chain_add)(void * chain, void * sampler);
+    void * (*init_greedy)();
+    void (*sampler_free)(void * sampler);
+    bool (*set_sampler)(void * ctx, int32_t seq, void * sampler);
+    int32_t (*get_sampled_token_ith)(void * ctx, int32_t i);
+    void (*set_embeddings_nextn)(void * ctx, bool value, bool masked);
+    float * (*get_embeddings_nextn)(void * ctx);
+    float * (*get_embeddings_nextn_ith)(void * ctx, int32_t i);
+};
+
+// Throws failure(MTP_ABI) when the layouts differ and failure(MTP_INVALID) when an address is missing.
+host_api resolve(const mtp_host_api & addresses, const mtp_host_layout & layout);
+
+// Rows of one decode, all of sequence 0. With a width, each row carries a token and a hidden row.
+class row_batch {
+  public:
+    row_batch(int32_t capacity, int32_t n_embd);
+
+    void clear() { n_ = 0; }
+    void push(int32_t token, int32_t pos, bool output, const float * hidden = nullptr);
+
+    int32_t    size() const { return n_; }
+    host_batch view();
+
+  private:
+    int32_t                capacity_;
+    int32_t                n_embd_;
+    int32_t                n_    = 0;
+    int32_t                zero_ = 0;  // every row's sequence id
+    std::vector<int32_t>   token_, pos_, n_seq_id_;
+    std::vector<int32_t *> seq_id_;
+    std::vector<int8_t>    logits_;
+    std::vector<float>     embd_;
+};
+
+int64_t now_ns();
+
+// Adds the time of a scope to a counter, also when the scope is left by an exception.
+class stopwatch {
+  public:
+    explicit stopwatch(int64_t & total) : total_(total), start_(now_ns()) {}
+    ~stopwatch() { total_ += now_ns() - start_; }
+    stopwatch(const stopwatch &)             = delete;
+    stopwatch & operator=(const stopwatch &) = delete;
+
+  private:
+    int64_t & total_;
+    int64_t   start_;
+};
+
+}  // namespace mtp

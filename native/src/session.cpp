@@ -1,0 +1,348 @@
+#include "session.hpp"
+
+#include <algorithm>
+#include <cstdio>
+#include <new>
+
+using mtp::failure;
+
+namespace {
+
+void require(bool ok, const char * text) {
+    if (!ok) {
+        throw failure(MTP_INVALID, text);
+    }
+}
+
+const mtp_session_params & checked(const mtp_session_params & p) {
+    require(p.target != nullptr, "the target context is missing");
+    require(p.n_vocab > 0 && p.n_ctx > 0 && p.n_batch > 0 && p.n_ubatch > 0, "sizes must be positive");
+    require(p.n_draft_max >= 0 && p.n_draft_max < p.n_batch, "1 + n_draft_max rows must fit n_batch");
+    require(p.draft == nullptr || p.n_embd > 0, "a draft context needs the width of a hidden row");
+    require(p.rollback == MTP_ROLLBACK_ATTENTION || p.rollback == MTP_ROLLBACK_SNAPSHOTS, "unknown rollback kind");
+    require(p.n_rs_seq >= 0, "n_rs_seq must not be negative");
+    require(p.rollback != MTP_ROLLBACK_SNAPSHOTS || p.n_rs_seq == 0 || p.n_ubatch > p.n_rs_seq + 1,
+            "n_ubatch must exceed 1 + n_rs_seq; lower the depth or raise n_ubatch");
+    return p;
+}
+
+}  // namespace
+
+mtp_session::mtp_session(const mtp_host_api & addresses, const mtp_host_layout & layout,
+                         const mtp_session_params & p)
+    : params(checked(p)), api(mtp::resolve(addresses, layout)), target(api, params),
+      drafter(params.draft != nullptr ? std::make_unique<mtp::drafter>(api, params) : nullptr) {
+    target.forget(target.host_end());
+    if (drafter) {
+        drafter->restart(target.n_past());
+    }
+}
+
+// Copies the hidden rows of the decode that just ended.
+void mtp_session::hand_over(const int32_t * tokens, int32_t n, int32_t pos) {
+    if (!drafter) {
+        return;
+    }
+    const float * rows = api.get_embeddings_nextn(params.target);
+    if (rows == nullptr) {
+        drafter->restart(pos + n);
+        return;
+    }
+    drafter->capture(tokens, rows, n, pos);
+}
+
+void mtp_session::capture(const int32_t * tokens, int32_t n, int32_t pos) {
+    require(tokens != nullptr && n > 0 && n <= params.n_batch && pos >= 0, "capture needs 1 to n_batch tokens");
+    close_round();
+    target.observe_decode(n, pos);
+    hand_over(tokens, n, pos);
+}
+
+// Books the round that ends here. Rows that nobody asked for are neither accepted nor rejected.
+void mtp_session::close_round() {
+    if (target.in_round()) {
+        ++counters.n_rounds;
+        counters.n_drafted += target.drafted();
+        counters.n_accepted += target.accepted();
+        counters.n_sampled += target.sampled();
+    }
+}
+
+void mtp_session::truncate(int32_t n_past) {
+    if (!target.can_truncate(n_past)) {
+        target.truncate(n_past);  // throws with the reason
+    }
+    close_round();
+    target.truncate(n_past);
+    if (drafter) {
+        drafter->cut(n_past);
+    }
+}
+
+void mtp_session::settle() {
+    if (target.in_round()) {
+        truncate(target.n_past());
+    }
+}
+
+void mtp_session::forget(int32_t n_past) {
+    require(n_past >= 0, "n_past must not be negative");
+    close_round();
+    target.forget(n_past);
+    if (drafter) {
+        drafter->cut(n_past);
+    }
+}
+
+void mtp_session::align(const int32_t * tokens, int32_t n) {
+    require(n >= 0 && (tokens != nullptr || n == 0), "align needs the tokens of the history");
+    if (drafter) {
+        drafter->align(tokens, n);
+    }
+}
+
+void mtp_session::begin_round(int32_t pos) {
+    require(pos >= 0 && pos < params.n_ctx, "the context is full; raise n_ctx or shorten the text");
+    settle();
+    if (pos > target.n_past()) {
+        // Someone decoded without telling (libmtmd): believe the memory, not the bookkeeping.
+        require(target.host_end() == pos, "the token's position does not follow the target's memory");
+        forget(pos);
+    }
+    truncate(pos);
+}
+
+std::vector<int32_t> mtp_session::draft(int32_t last, int32_t pos, int32_t depth, float p_min) {
+    require(drafter != nullptr, "this session has no draft context; pass drafts to verify");
+    require(last >= 0 && last < params.n_vocab, "the last token is outside the vocabulary");
+    require(depth >= 0, "depth must not be negative");
+    begin_round(pos);
+    const int64_t before = drafter->ns;
+    auto          drafts = drafter->draft(last, pos, std::min(depth, target.depth_limit(pos)), p_min);
+    round_draft_ns_      = drafter->ns - before;
+    return drafts;
+}
+
+void mtp_session::verify(int32_t last, int32_t pos, const int32_t * tokens, int32_t n) {
+    require(last >= 0 && last < params.n_vocab, "the last token is outside the vocabulary");
+    require(n >= 0 && (tokens != nullptr || n == 0), "verify needs the draft tokens");
+    require(std::all_of(tokens, tokens + n, [&](int32_t t) { return t >= 0 && t < params.n_vocab; }),
+            "a draft token is outside the vocabulary");
+    begin_round(pos);
+    require(n <= target.depth_limit(pos), "more drafts than this round can carry");
+    const int64_t before = target.ns;
+    target.verify(last, pos, tokens, n);
+    round_target_ns_ = target.ns - before;
+    hand_over(target.row_tokens().data(), 1 + n, pos);
+}
+
+void mtp_session::sample(void * sampler, mtp_step & step) {
+    require(sampler != nullptr, "the sampler chain is missing");
+    step.token      = target.sample(sampler);
+    step.rows_left  = target.rows_left();
+    step.new_round  = 0;
+    step.n_drafted  = target.drafted();
+    step.n_accepted = target.accepted();
+    step.n_sampled  = target.sampled();
+    step.target_ns  = round_target_ns_;
+    step.draft_ns   = round_draft_ns_;
+}
+
+void mtp_session::next(void * sampler, int32_t last, int32_t pos, int32_t depth, float p_min, mtp_step & step) {
+    require(sampler != nullptr, "the sampler chain is missing");
+    require(depth >= 0, "depth must not be negative");
+    const bool new_round = target.rows_left() == 0;
+    if (new_round) {
+        round_draft_ns_ = 0;
+        std::vector<int32_t> drafts;
+        if (drafter && depth > 0) {
+            drafts = draft(last, pos, depth, p_min);
+        }
+        verify(last, pos, drafts.data(), static_cast<int32_t>(drafts.size()));
+    } else {
+        require(pos == target.n_past(), "the token's position is not that of the next verify row");
+    }
+    sample(sampler, step);
+    step.new_round = new_round ? 1 : 0;
+}
+
+void mtp_session::commit(int32_t n_rows) {
+    target.commit(n_rows);
+    settle();
+}
+
+// --- the boundary: preconditions on pointers, one thread at a time, no exception out ---------------------------------
+
+namespace {
+
+template <typename F> int enter(mtp_session * session, F && body) {
+    if (session == nullptr) {
+        return MTP_INVALID;
+    }
+    if (session->inside.test_and_set(std::memory_order_acquire)) {
+        return MTP_BUSY;
+    }
+    struct leave {
+        std::atomic_flag & flag;
+        ~leave() { flag.clear(std::memory_order_release); }
+    } guard{ session->inside };
+    mtp::stopwatch watch(session->counters.total_ns);
+    try {
+        session->error.clear();
+        body(*session);
+        return MTP_OK;
+    } catch (const failure & e) {
+        session->error = e.what();
+        return e.status;
+    } catch (const std::bad_alloc &) {
+        return MTP_NO_MEMORY;
+    } catch (const std::exception & e) {
+        session->error = e.what();
+        return MTP_EXCEPTION;
+    } catch (...) {
+        session->error = "the host threw something that is not an exception";
+        return MTP_EXCEPTION;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char * mtp_version(void) {
+    return LLAMA_MTP_VERSION;
+}
+
+int mtp_session_open(const mtp_host_api * api, const mtp_host_layout * layout, const mtp_session_params * params,
+                     mtp_session ** out, char * text, size_t n_text) {
+    const auto say = [&](const char * what) {
+        if (text != nullptr && n_text > 0) {
+            std::snprintf(text, n_text, "%s", what);
+        }
+    };
+    if (out == nullptr || api == nullptr || layout == nullptr || params == nullptr) {
+        say("an argument of mtp_session_open is NULL");
+        return MTP_INVALID;
+    }
+    *out = nullptr;
+    try {
+        *out = new mtp_session(*api, *layout, *params);
+        return MTP_OK;
+    } catch (const failure & e) {
+        say(e.what());
+        return e.status;
+    } catch (const std::bad_alloc &) {
+        say("out of memory");
+        return MTP_NO_MEMORY;
+    } catch (const std::exception & e) {
+        say(e.what());
+        return MTP_EXCEPTION;
+    } catch (...) {
+        say("the host threw something that is not an exception");
+        return MTP_EXCEPTION;
+    }
+}
+
+void mtp_session_close(mtp_session * session, int detach) {
+    if (session == nullptr) {
+        return;
+    }
+    try {
+        if (detach && session->drafter) {
+            session->drafter->detach();
+        }
+    } catch (...) {
+        // The context is about to be freed; nothing is left to undo.
+    }
+    delete session;
+}
+
+const char * mtp_session_error(const mtp_session * session) {
+    return session != nullptr ? session->error.c_str() : "the session is closed";
+}
+
+int mtp_capture(mtp_session * session, const int32_t * tokens, int32_t n, int32_t pos) {
+    return enter(session, [&](mtp_session & s) { s.capture(tokens, n, pos); });
+}
+
+int mtp_next(mtp_session * session, void * sampler, int32_t last, int32_t pos, int32_t depth, float p_min,
+             mtp_step * step) {
+    return enter(session, [&](mtp_session & s) {
+        require(step != nullptr, "step is NULL");
+        s.next(sampler, last, pos, depth, p_min, *step);
+    });
+}
+
+int mtp_draft(mtp_session * session, int32_t last, int32_t pos, int32_t depth, float p_min, int32_t * tokens,
+              int32_t * n_out) {
+    return enter(session, [&](mtp_session & s) {
+        require(tokens != nullptr && n_out != nullptr, "an output of mtp_draft is NULL");
+        const auto drafts = s.draft(last, pos, depth, p_min);
+        std::copy(drafts.begin(), drafts.end(), tokens);
+        *n_out = static_cast<int32_t>(drafts.size());
+    });
+}
+
+int mtp_verify(mtp_session * session, int32_t last, int32_t pos, const int32_t * tokens, int32_t n) {
+    return enter(session, [&](mtp_session & s) { s.verify(last, pos, tokens, n); });
+}
+
+int mtp_sample(mtp_session * session, void * sampler, mtp_step * step) {
+    return enter(session, [&](mtp_session & s) {
+        require(step != nullptr, "step is NULL");
+        s.sample(sampler, *step);
+    });
+}
+
+int mtp_commit(mtp_session * session, int32_t n_rows) {
+    return enter(session, [&](mtp_session & s) { s.commit(n_rows); });
+}
+
+int mtp_settle(mtp_session * session) {
+    return enter(session, [](mtp_session & s) { s.settle(); });
+}
+
+int mtp_truncate(mtp_session * session, int32_t n_past) {
+    return enter(session, [&](mtp_session & s) { s.truncate(n_past); });
+}
+
+int mtp_can_truncate(mtp_session * session, int32_t n_past) {
+    return session != nullptr && session->target.can_truncate(n_past) ? 1 : 0;
+}
+
+int mtp_forget(mtp_session * session, int32_t n_past) {
+    return enter(session, [&](mtp_session & s) { s.forget(n_past); });
+}
+
+int mtp_align(mtp_session * session, const int32_t * tokens, int32_t n) {
+    return enter(session, [&](mtp_session & s) { s.align(tokens, n); });
+}
+
+int mtp_live_row(const mtp_session * session) {
+    return session != nullptr ? session->target.live_row() : -1;
+}
+
+int mtp_n_past(const mtp_session * session) {
+    return session != nullptr ? session->target.n_past() : -1;
+}
+
+int mtp_n_past_draft(const mtp_session * session) {
+    return session != nullptr && session->drafter ? session->drafter->queue().end() : -1;
+}
+
+void mtp_session_counters(const mtp_session * session, mtp_counters * out) {
+    if (session == nullptr || out == nullptr) {
+        return;
+    }
+    *out                  = session->counters;
+    out->n_target_decodes = session->target.n_decodes;
+    out->target_ns        = session->target.ns;
+    out->sample_ns        = session->target.sample_ns;
+    if (session->drafter) {
+        out->n_draft_decodes  = session->drafter->n_decodes;
+        out->n_draft_restarts = session->drafter->n_restarts;
+        out->draft_ns         = session->drafter->ns;
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,42 @@
+// Session: target and draft side by side, one round at a time. The only place that knows both.
+#pragma once
+
+#include "draft.hpp"
+#include "verify.hpp"
+
+#include <atomic>
+#include <memory>
+#include <string>
+
+// Order of a round: settle, draft, verify, sample... Members die in reverse order: the draft before the table.
+struct mtp_session {
+    mtp_session(const mtp_host_api & api, const mtp_host_layout & layout, const mtp_session_params & params);
+
+    void capture(const int32_t * tokens, int32_t n, int32_t pos);
+    void next(void * sampler, int32_t last, int32_t pos, int32_t depth, float p_min, mtp_step & step);
+    std::vector<int32_t> draft(int32_t last, int32_t pos, int32_t depth, float p_min);
+    void verify(int32_t last, int32_t pos, const int32_t * tokens, int32_t n);
+    void sample(void * sampler, mtp_step & step);
+    void commit(int32_t n_rows);
+    void settle();
+    void truncate(int32_t n_past);
+    void forget(int32_t n_past);
+    void align(const int32_t * tokens, int32_t n);
+
+    const mtp_session_params      params;
+    const mtp::host_api           api;
+    mtp::verifier                 target;
+    std::unique_ptr<mtp::drafter> drafter;  // absent when drafts come from the caller
+
+    mtp_counters     counters{};
+    std::atomic_flag inside = ATOMIC_FLAG_INIT;
+    std::string      error;
+
+  private:
+    void begin_round(int32_t pos);
+    void hand_over(const int32_t * tokens, int32_t n, int32_t pos);
+    void close_round();
+
+    int64_t round_target_ns_ = 0;
+    int64_t round_draft_ns_  = 0;
+};

@@ -1,0 +1,81 @@
+// Verify: the target. One decode over the last token and its drafts, sampled row by row, rolled back once.
+#pragma once
+
+#include "host_api.hpp"
+
+#include <vector>
+
+namespace mtp {
+
+// What the target's memory holds, and how much of it can be taken back.
+//
+//     position   0 .............. base .......... base + sampled ......... base + rows
+//                [ settled        )[ rows that were sampled )[ rows that were not )
+//
+// Between rounds rows == 0 and base is the end of the memory. `undo` is how many positions can be removed from the
+// end of the memory right now: everything for attention; for recurrent snapshots the rows of the last ubatch less
+// one, at most n_rs_seq, and nothing once a removal happened (llama-memory-recurrent.cpp answers true more often
+// than its state allows, so its word is not taken).
+class verifier {
+  public:
+    verifier(const host_api & api, const mtp_session_params & params);
+
+    // The target's end, rows that nobody sampled left out.
+    int32_t n_past() const { return base_ + kept(); }
+    int32_t rows_left() const { return rejected_ ? 0 : rows() - sampled_; }
+    bool    in_round() const { return !row_tokens_.empty(); }
+    int32_t live_row() const { return live_row_; }
+
+    // Someone else decoded n rows of sequence 0 from pos; only the last is known to have logits.
+    void observe_decode(int32_t n, int32_t pos);
+
+    // Someone else replaced the memory; it ends at n_past and nothing can be taken back in a recurrent trunk.
+    void forget(int32_t n_past);
+
+    bool can_truncate(int32_t n_past) const;
+    void truncate(int32_t n_past);
+
+    // Most drafts that a round may carry from position pos.
+    int32_t depth_limit(int32_t pos) const;
+
+    // Decodes [last, drafts...] from pos, every row an output. Needs a settled target that ends at pos.
+    void verify(int32_t last, int32_t pos, const int32_t * drafts, int32_t n);
+
+    // Samples the next row with the caller's chain: exactly one step of the chain.
+    int32_t sample(void * sampler);
+
+    // The caller sampled n rows itself; settle comes next.
+    void commit(int32_t n);
+
+    // The round in numbers.
+    int32_t drafted() const { return in_round() ? rows() - 1 : 0; }
+    int32_t accepted() const { return accepted_; }
+    int32_t sampled() const { return sampled_; }
+    int32_t host_end() const { return api_.memory_seq_pos_max(memory_, 0) + 1; }
+
+    const std::vector<int32_t> & row_tokens() const { return row_tokens_; }
+
+    int64_t n_decodes = 0;
+    int64_t ns        = 0;
+    int64_t sample_ns = 0;
+
+  private:
+    int32_t rows() const { return static_cast<int32_t>(row_tokens_.size()); }
+    // Row 0 holds `last`, which is text already: it stays even when its sample was never taken.
+    int32_t kept() const { return in_round() ? (sampled_ > 0 ? sampled_ : 1) : 0; }
+    void    set_undo(int32_t n_rows);
+
+    const host_api &         api_;
+    const mtp_session_params params_;
+    void *                   memory_;
+    row_batch                batch_;
+    std::vector<int32_t>     row_tokens_;  // last, d1..dn
+    int32_t                  base_     = 0;
+    int32_t                  undo_     = 0;
+    int32_t                  sampled_  = 0;
+    int32_t                  accepted_ = 0;
+    int32_t                  live_row_ = -1;
+    bool                     rejected_ = false;
+};
+
+}  // namespace mtp
