@@ -1,0 +1,35 @@
+"""The exception tree: what can go wrong, as Python sees it."""
+
+from __future__ import annotations
+
+
+class LlamaMtpError(Exception):
+    """Base of every error that this package raises on its own account."""
+
+
+class ModelFileError(LlamaMtpError, ValueError):
+    """The GGUF is unreadable, or lacks what the requested spec type needs."""
+
+
+class SpecTypeError(LlamaMtpError, ValueError):
+    """A spec type is unknown, or cannot be honoured with the other arguments."""
+
+
+class HostVersionError(LlamaMtpError, RuntimeError):
+    """The installed llama-cpp-python is not one that the plugin knows how to drive."""
+
+
+class NativeError(LlamaMtpError, RuntimeError):
+    """The native engine refused a call or the host failed under it."""
+
+
+class BusyError(NativeError):
+    """Two threads entered one object at once."""
+
+
+class ClosedError(NativeError):
+    """The object was used after ``close()``."""
+
+
+class RollbackRefused(NativeError):
+    """The target cannot go back to the asked position; its text has to be evaluated again."""

@@ -1,0 +1,167 @@
+"""Whether a GGUF holds a NextN head that can be executed, decided from its header alone.
+
+libllama aborts the process on a head that is declared and not there, or that it has no graph for.
+So this is asked before anything native runs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ..architectures import ARCHITECTURES, NOT_EXECUTABLE, Architecture, Rollback, rollback_of
+from ..errors import ModelFileError
+from .header import Header, read_header
+
+_HEAD = ("nextn.eh_proj.weight", "nextn.enorm.weight", "nextn.hnorm.weight")
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+_RUN_STOCK = 'Use spec_type="none", or a spec type that needs no head.'
+_GET_HEAD = "Use a GGUF that was converted with its MTP layers, if the model has them."
+
+
+@dataclass(frozen=True)
+class HeadReport:
+    """What `check_head` found.
+
+    Attributes:
+        architecture: ``general.architecture``; empty if the file does not say.
+        n_layer_trunk: layers without the NextN blocks; 0 if unknown.
+        n_heads: NextN blocks that the file declares.
+        n_embd: width of the hidden rows of the trunk; 0 if unknown.
+        n_ctx_train: tokens of context that the model was trained on; 0 if unknown.
+        missing: tensors of the head that should be there and are not.
+        executable: the head can be drafted with.
+        reason: why not, in one sentence; empty if executable.
+        remedy: what to do, in one sentence; empty if executable.
+        rollback: how the trunk forgets rejected tokens (see `llama_mtp.architectures`), known with
+            and without a head.
+        gathers: the draft context must hand out its hidden rows masked.
+        mrope: positions may have gaps.
+    """
+
+    architecture: str
+    n_layer_trunk: int
+    n_heads: int
+    n_embd: int
+    n_ctx_train: int
+    missing: tuple[str, ...]
+    executable: bool
+    reason: str
+    remedy: str
+    rollback: Rollback
+    gathers: bool
+    mrope: bool
+
+
+def check_head(path: str | os.PathLike[str]) -> HeadReport:
+    """Say whether the NextN head of the GGUF at `path` can be executed, and if not, why.
+
+    A file without a head is no error: the report says so.
+
+    Raises:
+        ModelFileError: the file is unreadable, no GGUF, damaged or truncated, or its layer counts
+            are ones that libllama aborts on.
+    """
+    header = read_header(path)
+    name = header.metadata.get("general.architecture")
+    name = name if isinstance(name, str) else ""
+    n_layers = _integer(header, f"{name}.block_count")
+    n_heads = _integer(header, f"{name}.nextn_predict_layers")
+    if n_layers > _MAX_LAYERS or n_heads > n_layers:
+        raise ModelFileError(
+            f"{header.path} declares {n_layers} layers with {n_heads} NextN layers among them, "
+            "which llama.cpp aborts on. Convert or download the model again."
+        )
+    n_trunk = n_layers - n_heads
+    architecture = ARCHITECTURES.get(name)
+    missing = _missing(header, architecture, n_trunk, n_heads)
+    reason, remedy = _obstacle(header, name, n_trunk, n_heads, missing)
+    return HeadReport(
+        architecture=name,
+        n_layer_trunk=n_trunk,
+        n_heads=n_heads,
+        n_embd=_integer(header, f"{name}.embedding_length"),
+        n_ctx_train=_integer(header, f"{name}.context_length"),
+        missing=missing,
+        executable=not reason,
+        reason=reason and f"{reason}.",
+        remedy=remedy,
+        rollback=rollback_of(name),
+        gathers=architecture is not None and architecture.gathers,
+        mrope=architecture is not None and architecture.mrope,
+    )
+
+
+def _integer(header: Header, key: str) -> int:
+    value = header.metadata.get(key, 0)
+    return value if isinstance(value, int) and value >= 0 else 0
+
+
+def _missing(
+    header: Header, architecture: Architecture | None, n_trunk: int, n_heads: int
+) -> tuple[str, ...]:
+    """The tensors that the head's graph uses and the file lacks."""
+    if architecture is None or architecture.shares_kv:
+        return ()
+    missing = []
+    for block in range(n_trunk, n_trunk + n_heads):
+        prefix = f"blk.{block}."
+        present = {t.removeprefix(prefix) for t in header.tensors if t.startswith(prefix)}
+        wanted = [t for t in (*_HEAD, *architecture.requires) if t not in present]
+        # The block's own layers differ too much to list: one projection of each kind stands for
+        # them, and the loader, which knows them all, refuses the rest with a message.
+        for kind in ("attn_", "ffn_"):
+            matrices = (t for t in present if t.startswith(kind) and t.endswith(".weight"))
+            if all("norm" in t for t in matrices) and not any(t.startswith(kind) for t in wanted):
+                wanted.append(f"{kind}*.weight")
+        missing += [prefix + t for t in wanted]
+    return tuple(missing)
+
+
+def _obstacle(
+    header: Header, name: str, n_trunk: int, n_heads: int, missing: tuple[str, ...]
+) -> tuple[str, str]:
+    """Reason and remedy; both empty if nothing is in the way."""
+    if not name:
+        return "the file does not say its architecture", "Convert or download the model again."
+    if n_heads == 0:
+        return f"the file has no NextN head (no {name}.nextn_predict_layers)", _GET_HEAD
+    if name in NOT_EXECUTABLE:
+        return NOT_EXECUTABLE[name], _RUN_STOCK
+    architecture = ARCHITECTURES.get(name)
+    if architecture is None:
+        return (
+            f"the file declares {n_heads} NextN layers, and no NextN graph is known for the "
+            f"architecture {name}",
+            f"Look for a newer llama-mtp, or use {_RUN_STOCK[4:]}",
+        )
+    if architecture.shares_kv:
+        return (
+            f"a {name} head reads the KV cache of a separate target, which this version of "
+            "llama-mtp does not do yet",
+            _RUN_STOCK,
+        )
+    if architecture.rollback == "checkpoint":
+        return (
+            f"{name} can forget a rejected token only from a checkpoint of its recurrent state, "
+            "which this version of llama-mtp does not do yet",
+            _RUN_STOCK,
+        )
+    if n_heads > 1 and not architecture.chained:
+        return (
+            f"the file declares {n_heads} NextN layers, and llama.cpp executes one for {name}",
+            _RUN_STOCK,
+        )
+    if n_trunk == 0 or not any(tensor.startswith("blk.0.") for tensor in header.tensors):
+        return (
+            "the file holds a NextN head without the model it belongs to",
+            "Load the GGUF of the whole model.",
+        )
+    if missing:
+        shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        return (
+            f"the file declares {n_heads} NextN layer{'s' * (n_heads > 1)} and lacks {shown}, "
+            "dropped perhaps when it was quantised or split",
+            _GET_HEAD,
+        )
+    return "", ""
