@@ -1,0 +1,181 @@
+"""Counters of speculative decoding: added to once per round, turned into rates when read.
+
+Metric names are vLLM's, so that dashboards and comparisons carry over.
+"""
+
+from __future__ import annotations
+
+_COUNTERS = (
+    "num_rounds",
+    "num_drafts",
+    "num_draft_tokens",
+    "num_accepted_tokens",
+    "num_emitted_tokens",
+    "num_target_decodes",
+    "num_draft_decodes",
+    "target_ns",
+    "draft_ns",
+    "sample_ns",
+    "native_overhead_ns",
+    "python_ns",
+)
+_PER_POSITION = ("num_drafted_per_pos", "num_tested_per_pos", "num_accepted_per_pos")
+
+
+class SpecStats:
+    """Cumulative counters; ``last`` holds the same for the latest generation alone.
+
+    Counts are rounds, tokens or decodes; every ``*_ns`` is a total in nanoseconds. The lists are
+    indexed by draft position, 0 for the first drafted token. ``last`` is ``None`` before the first
+    :meth:`begin`, and always ``None`` on a ``last`` itself.
+    """
+
+    __slots__ = (*_COUNTERS, *_PER_POSITION, "last")
+
+    num_rounds: int
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_emitted_tokens: int
+    num_target_decodes: int
+    num_draft_decodes: int
+    target_ns: int
+    draft_ns: int
+    sample_ns: int
+    native_overhead_ns: int
+    python_ns: int
+    num_drafted_per_pos: list[int]
+    num_tested_per_pos: list[int]
+    num_accepted_per_pos: list[int]
+    last: SpecStats | None
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Set every counter to zero and forget the latest generation."""
+        for name in _COUNTERS:
+            setattr(self, name, 0)
+        for name in _PER_POSITION:
+            setattr(self, name, [])
+        self.last = None
+
+    def begin(self) -> None:
+        """Start a new generation: ``last`` becomes empty, the totals stay."""
+        self.last = SpecStats()
+
+    def observe_round(
+        self,
+        drafted: int,
+        sampled: int,
+        accepted: int,
+        *,
+        target_ns: int = 0,
+        draft_ns: int = 0,
+        sample_ns: int = 0,
+        native_overhead_ns: int = 0,
+        python_ns: int = 0,
+        target_decodes: int = 1,
+        draft_decodes: int = 0,
+    ) -> None:
+        """Add one settled round, here and in ``last``.
+
+        ``drafted`` tokens were proposed, the consumer asked for ``sampled`` verify rows, each one
+        emitted token, and ``accepted`` drafts agreed. Drafts whose row nobody asked for count as
+        drafted, not as tested.
+        """
+        self.num_rounds += 1
+        self.num_emitted_tokens += sampled
+        self.num_target_decodes += target_decodes
+        self.num_draft_decodes += draft_decodes
+        self.target_ns += target_ns
+        self.draft_ns += draft_ns
+        self.sample_ns += sample_ns
+        self.native_overhead_ns += native_overhead_ns
+        self.python_ns += python_ns
+        if drafted:
+            self.num_drafts += 1
+            self.num_draft_tokens += drafted
+            self.num_accepted_tokens += accepted
+            proposed = self.num_drafted_per_pos
+            tested = self.num_tested_per_pos
+            agreed = self.num_accepted_per_pos
+            while len(proposed) < drafted:
+                proposed.append(0)
+                tested.append(0)
+                agreed.append(0)
+            for pos in range(drafted):
+                proposed[pos] += 1
+            # A row is sampled only while all before it agreed, so the sampled rows are the tests.
+            for pos in range(min(sampled, drafted)):
+                tested[pos] += 1
+            for pos in range(accepted):
+                agreed[pos] += 1
+        if self.last is not None:
+            self.last.observe_round(
+                drafted,
+                sampled,
+                accepted,
+                target_ns=target_ns,
+                draft_ns=draft_ns,
+                sample_ns=sample_ns,
+                native_overhead_ns=native_overhead_ns,
+                python_ns=python_ns,
+                target_decodes=target_decodes,
+                draft_decodes=draft_decodes,
+            )
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Emitted tokens per round, correction or bonus included; 0.0 before the first round."""
+        return self.num_emitted_tokens / self.num_rounds if self.num_rounds else 0.0
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted drafts over proposed drafts; 0.0 when nothing was proposed."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    @property
+    def acceptance_per_pos(self) -> list[float]:
+        """Per position, how often a draft agreed given that all before it had (0.0 if untested)."""
+        pairs = zip(self.num_accepted_per_pos, self.num_tested_per_pos, strict=True)
+        return [agreed / tested if tested else 0.0 for agreed, tested in pairs]
+
+    def as_dict(self) -> dict[str, int | float | list[int] | list[float]]:
+        """Counters and rates in one flat dict; those that vLLM has carry vLLM's names."""
+        return {
+            "spec_decode_num_drafts_total": self.num_drafts,
+            "spec_decode_num_draft_tokens_total": self.num_draft_tokens,
+            "spec_decode_num_accepted_tokens_total": self.num_accepted_tokens,
+            "spec_decode_num_accepted_tokens_per_pos_total": list(self.num_accepted_per_pos),
+            "mean_acceptance_length": self.mean_acceptance_length,
+            "draft_acceptance_rate": self.draft_acceptance_rate,
+            "acceptance_per_pos": self.acceptance_per_pos,
+            "num_drafted_per_pos": list(self.num_drafted_per_pos),
+            "num_tested_per_pos": list(self.num_tested_per_pos),
+            "num_emitted_tokens": self.num_emitted_tokens,
+            "num_rounds": self.num_rounds,
+            "num_target_decodes": self.num_target_decodes,
+            "num_draft_decodes": self.num_draft_decodes,
+            "target_ns": self.target_ns,
+            "draft_ns": self.draft_ns,
+            "sample_ns": self.sample_ns,
+            "native_overhead_ns": self.native_overhead_ns,
+            "python_ns": self.python_ns,
+        }
+
+    def __str__(self) -> str:
+        if not self.num_rounds:
+            return "no rounds yet"
+        per_pos = " ".join(f"{rate:.2f}" for rate in self.acceptance_per_pos)
+        positions = f" ({per_pos} by position)" if per_pos else ""
+        return (
+            f"{self.num_emitted_tokens} tokens in {self.num_rounds} rounds "
+            f"({self.mean_acceptance_length:.2f} a round); accepted {self.num_accepted_tokens} of "
+            f"{self.num_draft_tokens} drafts{positions}; target {self.target_ns / 1e6:.1f} ms, "
+            f"draft {self.draft_ns / 1e6:.1f} ms, sampling {self.sample_ns / 1e6:.1f} ms, "
+            f"overhead {(self.native_overhead_ns + self.python_ns) / 1e6:.1f} ms"
+        )
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self}>"
