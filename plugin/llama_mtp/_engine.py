@@ -1,0 +1,67 @@
+"""The native module, opened and checked. The only module that imports it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._version import __version__
+from .errors import BusyError, ClosedError, HostVersionError, NativeError, RollbackRefused
+
+try:
+    from ._native import ffi, lib
+except ImportError as e:  # a source tree on sys.path, or a wheel for another platform
+    raise NativeError(
+        f"The native engine is not built ({e}); install the package with `pip install .`."
+    ) from e
+
+if (built := ffi.string(lib.mtp_version()).decode()) != __version__:
+    raise NativeError(
+        f"The native engine is of version {built}, the package of {__version__}; reinstall llama-mtp."
+    )
+
+__all__ = ["check", "ffi", "lib", "open_session"]
+
+_EXCEPTIONS: dict[int, type[Exception]] = {
+    lib.MTP_INVALID: NativeError,
+    lib.MTP_ABI: HostVersionError,
+    lib.MTP_HOST: NativeError,
+    lib.MTP_ROLLBACK: RollbackRefused,
+    lib.MTP_BUSY: BusyError,
+    lib.MTP_NO_MEMORY: MemoryError,
+    lib.MTP_EXCEPTION: NativeError,
+}
+
+
+def check(status: int, handle: Any) -> None:
+    """Turn a status into the exception that belongs to it; ``MTP_OK`` passes."""
+    if status == lib.MTP_OK:
+        return
+    if handle == ffi.NULL:
+        raise ClosedError("The model is closed; make a new Llama object.")
+    if status == lib.MTP_BUSY:
+        raise BusyError("Another thread is using this Llama object; give each thread its own.")
+    raise _EXCEPTIONS[status](ffi.string(lib.mtp_session_error(handle)).decode())
+
+
+def api_names() -> list[str]:
+    """Names of the host functions that the engine calls, read off its own struct."""
+    return [name for name, _ in ffi.typeof("struct mtp_host_api").fields]
+
+
+def open_session(addresses: dict[str, int], layout: dict[str, int], params: dict[str, Any]) -> Any:
+    """Open a native session; the caller owns the handle and closes it with ``mtp_session_close``."""
+    api = ffi.new(
+        "struct mtp_host_api *", {n: ffi.cast("void *", a) for n, a in addresses.items()}
+    )
+    out, text = ffi.new("mtp_session **"), ffi.new("char[256]")
+    status = lib.mtp_session_open(
+        api,
+        ffi.new("struct mtp_host_layout *", layout),
+        ffi.new("struct mtp_session_params *", params),
+        out,
+        text,
+        len(text),
+    )
+    if status != lib.MTP_OK:
+        raise _EXCEPTIONS[status](ffi.string(text).decode())
+    return out[0]

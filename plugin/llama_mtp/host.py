@@ -1,0 +1,171 @@
+"""The host: what we take from ``llama_cpp`` at run time, and the contexts we make through it.
+
+The only module that imports ``llama_cpp``. Everything that depends on the host's version is here:
+the version guard, the table of function addresses, the layout of the struct passed by value, and
+the parameters of the draft context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import re
+from typing import Any
+
+import llama_cpp as _package
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import _internals as internals
+from llama_cpp import _logger
+from llama_cpp import llama_cpp as C
+from llama_cpp.llama import Llama as StockLlama
+
+from .errors import HostVersionError
+
+_OLDEST = (0, 3, 36)
+
+# llama-ext.h is not extern "C": plain name, Itanium ABI, MSVC ABI.
+_MANGLED = {
+    "llama_set_embeddings_nextn": (
+        "_Z26llama_set_embeddings_nextnP13llama_contextbb",
+        "?llama_set_embeddings_nextn@@YAXPEAUllama_context@@_N1@Z",
+    ),
+    "llama_get_embeddings_nextn": (
+        "_Z26llama_get_embeddings_nextnP13llama_context",
+        "?llama_get_embeddings_nextn@@YAPEAMPEAUllama_context@@@Z",
+    ),
+    "llama_get_embeddings_nextn_ith": (
+        "_Z30llama_get_embeddings_nextn_ithP13llama_contexti",
+        "?llama_get_embeddings_nextn_ith@@YAPEAMPEAUllama_context@@H@Z",
+    ),
+}
+
+_MODEL_FIELDS = ("load_mtp",)
+_CONTEXT_FIELDS = ("ctx_type", "ctx_other", "n_rs_seq", "n_outputs_max", "type_k", "type_v")
+
+
+def version() -> str:
+    """Return the version of the installed llama-cpp-python."""
+    return str(_package.__version__)
+
+
+def check_version() -> None:
+    """Raise HostVersionError unless the host has what MTP needs."""
+    parts = tuple(int(p) for p in version().split("+")[0].split(".")[:3] if p.isdigit())
+    lacking = [f for f in _MODEL_FIELDS if not hasattr(C.llama_model_params, f)]
+    lacking += [f for f in _CONTEXT_FIELDS if not hasattr(C.llama_context_params, f)]
+    if parts < _OLDEST or lacking:
+        raise HostVersionError(
+            f"llama-cpp-python {version()} cannot run NextN heads"
+            + (f" (no {', '.join(lacking)})" if lacking else "")
+            + "; install llama-cpp-python >= 0.3.36."
+        )
+
+
+def address_of(name: str) -> int:
+    """Return the address of a host function; HostVersionError when the library has none."""
+    for spelling in (name, *_MANGLED.get(name, ())):
+        try:
+            function = getattr(C._lib, spelling)
+        except AttributeError:
+            continue
+        return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+    raise HostVersionError(
+        f"The host library has no {name}; install a llama-cpp-python release that this plugin "
+        "supports (>= 0.3.36)."
+    )
+
+
+def address_table(names: list[str]) -> dict[str, int]:
+    """Return name -> address for every function the native engine asks for."""
+    return {name: address_of(name) for name in names}
+
+
+def batch_layout() -> dict[str, int]:
+    """Return sizes and offsets (bytes) of the structs passed by value, as the host sees them."""
+    batch = C.llama_batch
+    layout = {name: getattr(batch, name).offset for name, _ in batch._fields_}
+    layout["batch_size"] = ctypes.sizeof(batch)
+    layout["chain_params_size"] = ctypes.sizeof(C.llama_sampler_chain_params)
+    return layout
+
+
+def cpu_count() -> int:
+    """Return the thread count that the stock class gives to batches."""
+    return multiprocessing.cpu_count()
+
+
+def address_of_sampler(chain: Any) -> int:
+    """Return the address of the ``llama_sampler`` chain inside an ``internals.LlamaSampler``."""
+    return int(ctypes.cast(chain.sampler, ctypes.c_void_p).value or 0)
+
+
+def memory_end(context: Any) -> int:
+    """Return the position after the last one that sequence 0 of a context holds."""
+    return int(C.llama_memory_seq_pos_max(context.memory, 0)) + 1
+
+
+def keeps_everything(context: Any) -> bool:
+    """Whether sequence 0 still reaches back to position 0 (a sliding window may have dropped it)."""
+    return int(C.llama_memory_seq_pos_min(context.memory, 0)) <= 0
+
+
+def logits_row(context: Any, row: int, n_vocab: int) -> npt.NDArray[np.single]:
+    """Copy one live row of logits, float32 of shape (n_vocab,)."""
+    pointer = C.llama_get_logits_ith(context.ctx, row)
+    return np.ctypeslib.as_array(pointer, shape=(n_vocab,)).copy()
+
+
+class BufferSizes(contextlib.AbstractContextManager["BufferSizes"]):
+    """Collects the buffer sizes that the host reports while something is made, in bytes by part.
+
+    Parts are the host's own words: ``KV``, ``RS``, ``compute``, ``output``. Its log lines go on to
+    where they went before.
+    """
+
+    _LINE = re.compile(r"(KV|RS|compute|output) +buffer size = +([0-9.]+) MiB")
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, int] = {}
+
+    def __enter__(self) -> BufferSizes:
+        @C.llama_log_callback
+        def listen(level: int, text: bytes, user_data: Any) -> None:
+            for part, size in self._LINE.findall(text.decode("utf-8", "replace")):
+                self.bytes[part] = self.bytes.get(part, 0) + round(float(size) * 2**20)
+            _logger.llama_log_callback(level, text, user_data)
+
+        self._listen = listen  # the host keeps the pointer only
+        C.llama_log_set(listen, ctypes.c_void_p(0))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        C.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+def draft_context(
+    target: Any, params: Any, *, type_k: int | None, type_v: int | None, verbose: bool
+) -> Any:
+    """Make the draft context from the target's own model: no tensor is loaded twice.
+
+    It follows the target's ``llama_context_params`` (n_ctx, batch sizes, threads, offload, flash
+    attention, rope) and differs where MTP needs it to: one output, no snapshots, its own KV types
+    (default: the host's default, F16). Being an ``internals.LlamaContext`` it is freed before its
+    model whatever order Python drops things in.
+
+    Raises ValueError when the host refuses to make it.
+    """
+    mine = type(params).from_buffer_copy(params)
+    defaults = C.llama_context_default_params()
+    mine.n_ctx = C.llama_n_ctx(target.ctx)
+    mine.ctx_type = C.LLAMA_CONTEXT_TYPE_MTP
+    mine.ctx_other = None
+    mine.n_seq_max = 1
+    mine.n_rs_seq = 0
+    mine.n_outputs_max = 1
+    mine.n_outputs_max_per_seq = 1
+    mine.embeddings = False
+    mine.type_k = defaults.type_k if type_k is None else type_k
+    mine.type_v = defaults.type_v if type_v is None else type_v
+    return internals.LlamaContext(model=target.model, params=mine, verbose=verbose)

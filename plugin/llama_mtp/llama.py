@@ -1,0 +1,405 @@
+"""The drop-in ``Llama``: the stock class, with a session beside its context.
+
+What is overridden is what touches the context: generate and sample go through the session, eval,
+reset and the state calls keep it in step. Everything else is the host's own code.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import host
+from ._engine import ffi
+from .errors import ClosedError, HostVersionError, NativeError, RollbackRefused, SpecTypeError
+from .session import Session, unwatch, watch
+from .settings import Plan, make_plan, read_options
+from .stats import SpecStats
+
+logger = logging.getLogger("llama_mtp")
+
+_STOCK_INIT = inspect.signature(host.StockLlama.__init__)
+_STOCK_GENERATE = inspect.signature(host.StockLlama.generate)
+_SAMPLING = tuple(inspect.signature(host.StockLlama._init_sampler).parameters)[1:]
+
+
+class Llama(host.StockLlama):
+    """``llama_cpp.Llama`` that drafts with the model's own NextN head: same seed, same tokens.
+
+    Takes every argument of the stock class, and:
+
+    Args:
+        spec_type: ``"auto"`` (the default) drafts where the file has an executable head and runs as
+            stock otherwise; ``"draft-mtp"`` (alias ``"mtp"``) insists; ``"none"`` is stock; any
+            other name is a spec type that a plugin registers.
+        spec_draft_n_max: most tokens to draft per round (default 3).
+        spec_draft_n_min: fewest drafts worth a round (default 0).
+        spec_draft_p_min: stop drafting below this probability (default 0: never).
+        spec_draft_type_k, spec_draft_type_v: ggml types of the draft context's own KV cache.
+        spec_draft_adaptive: let measured costs and acceptance choose the depth up to the bound;
+            ``False`` keeps it constant.
+
+    The environment variables ``LLAMA_ARG_SPEC_TYPE``, ``LLAMA_ARG_SPEC_DRAFT_N_MAX``, ``..._N_MIN``
+    and ``..._P_MIN`` stand in for arguments that are not given.
+
+    Raises:
+        SpecTypeError: the spec type is unknown, or cannot be honoured with this file or these
+            arguments.
+        ModelFileError: the file is no GGUF, damaged or truncated.
+        HostVersionError: the installed llama-cpp-python lacks what is needed.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        spec_type: str | None = None,
+        spec_draft_n_max: int | None = None,
+        spec_draft_n_min: int | None = None,
+        spec_draft_p_min: float | None = None,
+        spec_draft_type_k: int | None = None,
+        spec_draft_type_v: int | None = None,
+        spec_draft_adaptive: bool = True,
+        **stock: Any,
+    ) -> None:
+        self._session: Session | None = None
+        self._plan: Plan | None = None
+        self._callback_error: BaseException | None = None
+        self._spec_memory: dict[str, int] = {}
+        for name in stock:  # the stock class swallows what it does not know
+            if name.startswith("spec_") and name not in _STOCK_INIT.parameters:
+                raise TypeError(f"Llama got an unexpected keyword argument {name!r}.")
+        self._options = read_options(
+            spec_type,
+            spec_draft_n_max,
+            spec_draft_n_min,
+            spec_draft_p_min,
+            spec_draft_type_k,
+            spec_draft_type_v,
+            spec_draft_adaptive,
+        )
+        self._wants_all_rows = bool(stock.get("logits_all"))
+        self._plan = make_plan(model_path, self._options, stock)
+        if self._plan is None:
+            super().__init__(model_path, **stock)
+            return
+        try:
+            self._load(model_path, stock)
+        except (ValueError, NativeError, HostVersionError) as e:
+            host.StockLlama.close(self)
+            if self._options.explicit:
+                raise
+            logger.warning("running without MTP: %s", e)
+            self._plan = self._session = None
+            super().__init__(model_path, **stock)
+
+    def _load(self, model_path: str, stock: dict[str, Any]) -> None:
+        assert self._plan is not None
+        host.check_version()
+        if stock.get("n_threads") is None and stock.get("n_threads_batch") is None:
+            # A verify batch runs with n_threads_batch, a single row with n_threads: unequal numbers
+            # (the stock default) would make one of the two needlessly slow.
+            stock = {**stock, "n_threads": host.cpu_count(), "n_threads_batch": host.cpu_count()}
+        self._fields_set = 0
+        with host.BufferSizes() as target_sizes:
+            super().__init__(model_path, **stock)
+        if self._fields_set != 2:
+            raise HostVersionError(
+                f"llama-cpp-python {host.version()} builds its parameters in a way this plugin does "
+                "not know; install a llama-mtp release for it."
+            )
+        draft = None
+        draft_sizes = host.BufferSizes()
+        if self._plan.spec.needs_head:
+            with draft_sizes:
+                draft = host.draft_context(
+                    self._ctx,
+                    self.context_params,
+                    type_k=self._options.type_k,
+                    type_v=self._options.type_v,
+                    verbose=self.verbose,
+                )
+        self._spec_memory = {
+            **{f"target {part}": size for part, size in target_sizes.bytes.items()},
+            **{f"draft {part}": size for part, size in draft_sizes.bytes.items()},
+        }
+        self._session = Session(
+            self._plan, self._ctx, draft, self.n_batch, self.context_params.n_ubatch
+        )
+        watch(self._ctx, self._session, self.context_params.n_outputs_max)
+        logger.info("%s is on, up to %d drafts a round", self._plan.spec.name, self._plan.depth)
+
+    # ---- parameters: the stock __init__ assigns both before it loads anything
+
+    @property
+    def model_params(self) -> Any:
+        return self.__dict__["model_params"]
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        if self._plan is not None and self._plan.spec.needs_head:
+            params.load_mtp = True
+        self._fields_set = getattr(self, "_fields_set", 0) + 1
+        self.__dict__["model_params"] = params
+
+    @property
+    def context_params(self) -> Any:
+        return self.__dict__["context_params"]
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        plan = self._plan
+        if plan is not None:
+            params.n_rs_seq = plan.n_rs_seq
+            if not self._wants_all_rows:
+                # Default 0 reserves n_ubatch rows of logits; a round needs 1 + depth.
+                params.n_outputs_max = 1 + plan.depth
+        self._fields_set = getattr(self, "_fields_set", 0) + 1
+        self.__dict__["context_params"] = params
+
+    # ---- what the user reads
+
+    @property
+    def spec_type(self) -> str:
+        """The spec type in use: never an alias, ``"none"`` when running as stock."""
+        return self._plan.spec.name if self._session is not None and self._plan else "none"
+
+    @property
+    def spec_stats(self) -> SpecStats:
+        """Counters since construction; ``.last`` for the latest generation."""
+        return self._session.stats if self._session is not None else SpecStats()
+
+    @property
+    def spec_depth(self) -> int:
+        """Most drafts per round; settable at run time up to the constructed bound."""
+        return self._session.policy.depth_max if self._session is not None else 0
+
+    @spec_depth.setter
+    def spec_depth(self, depth: int) -> None:
+        if self._session is None:
+            raise SpecTypeError('No spec type is on; construct with spec_type="draft-mtp".')
+        self._session.policy.depth_max = depth
+
+    @property
+    def spec_memory(self) -> dict[str, int]:
+        """Buffers as the host reported them while loading: bytes by context and part."""
+        return dict(self._spec_memory)
+
+    # ---- generation
+
+    @functools.wraps(host.StockLlama.generate)
+    def generate(
+        self, tokens: Sequence[int], *args: Any, **kwargs: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
+        session = self._session
+        if session is None or self.draft_model is not None:
+            return (yield from super().generate(tokens, *args, **kwargs))
+        if session.closed:
+            raise ClosedError("The model is closed; make a new Llama object.")
+        bound = _STOCK_GENERATE.bind(self, tokens, *args, **kwargs)
+        bound.apply_defaults()
+        options = bound.arguments
+        stopping_criteria = options["stopping_criteria"]
+        chain = self._init_sampler(**{k: v for k, v in options.items() if k in _SAMPLING})
+        self._sampler = chain
+        address = ffi.cast("void *", host.address_of_sampler(chain))
+
+        session.settle()
+        prompt = list(tokens)
+        if options["reset"] and self.n_tokens > 0:
+            prompt = self._reuse_prefix(prompt)
+        elif options["reset"]:
+            self.reset()
+        if prompt:
+            self.eval(prompt)
+        session.begin_generation(self._input_ids)
+        token = self._sample_live(chain)
+        while True:
+            if stopping_criteria is not None and stopping_criteria(
+                self._input_ids,
+                host.logits_row(self._ctx, session.live_row, self._n_vocab),
+            ):
+                return
+            sent = yield token
+            if sent is None:
+                token = self._next(session, address, token)
+            else:
+                self.eval([token, *sent])
+                token = self._sample_live(chain)
+
+    def _next(self, session: Session, chain: Any, last: int) -> int:
+        """Return the token after ``last``; stock's invariant at every sample: last is evaluated."""
+        pos = self.n_tokens
+        if pos >= len(self.input_ids) or pos >= self._n_ctx:
+            self.eval([last])  # fails as stock fails at the end of the context
+        self.input_ids[pos] = last
+        self.n_tokens = pos + 1
+        self._requires_eval = False
+        try:
+            token = session.next(chain, last, pos, self._input_ids)
+        except RollbackRefused:
+            self.n_tokens = pos
+            self._evaluate_again()
+            self.n_tokens = pos + 1
+            token = session.next(chain, last, pos, self._input_ids)
+        except NativeError:
+            self.n_tokens = pos
+            raise
+        self._raise_callback_error()
+        return token
+
+    def _sample_live(self, chain: Any) -> int:
+        assert self._session is not None
+        token = int(chain.sample(self._ctx, self._session.live_row))
+        self._raise_callback_error()
+        return token
+
+    def _reuse_prefix(self, prompt: list[int]) -> list[int]:
+        """Cut the context to what it shares with ``prompt`` and return the rest to evaluate.
+
+        Unlike stock, never on the memory's word alone: a recurrent state that is not kept, or a
+        sliding window that has moved on, means to start over.
+        """
+        session = self._session
+        assert session is not None
+        if session.n_past != self.n_tokens:
+            self.reset()
+            return prompt
+        n = min(self.n_tokens, len(prompt))
+        differs = np.flatnonzero(self.input_ids[:n] != np.asarray(prompt[:n], dtype=np.intc))
+        shared = int(differs[0]) if len(differs) else n
+        if shared == len(prompt) == self.n_tokens and session.live_row >= 0:
+            return []
+        keep = min(shared, len(prompt) - 1)
+        whole = session.recurrent or keep == self.n_tokens or host.keeps_everything(self._ctx)
+        if keep <= 0 or not whole or not session.can_truncate(keep):
+            self.reset()
+            return prompt
+        session.truncate(keep)
+        self.n_tokens = keep
+        self._requires_eval = True
+        return prompt[keep:]
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens after the ``n_tokens`` that count so far (see ``llama_cpp.Llama.eval``)."""
+        session = self._session
+        if session is not None:
+            session.settle()
+            if self.n_tokens <= session.n_past and not session.can_truncate(self.n_tokens):
+                self._evaluate_again()
+        super().eval(tokens)
+
+    def _evaluate_again(self) -> None:
+        """Rebuild a memory that cannot go back: clear it and evaluate ``input_ids[:n_tokens]``."""
+        text = self._input_ids.tolist()
+        if any(token < 0 for token in text):
+            raise NativeError(
+                "The recurrent state before an image is not kept; start the conversation again."
+            )
+        self.n_tokens = 0
+        self._ctx.kv_cache_clear()
+        super().eval(text)
+
+    def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
+        """Sample from the last position, or the one that ``idx`` names (``llama_cpp.Llama.sample``)."""
+        session = self._session
+        if session is not None and session.live_row >= 0:
+            position = self.n_tokens - 1 if idx is None else idx
+            row = session.live_row + position - (self.n_tokens - 1)
+            idx = row + self.n_tokens  # stock hands the host idx - n_tokens
+        token = int(super().sample(*args, idx=idx, **kwargs))
+        self._raise_callback_error()
+        return token
+
+    # ---- Python callbacks: ctypes would swallow what they raise
+
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        processors = kwargs.get("logits_processor")
+        if self._session is not None and processors is not None:
+            kwargs["logits_processor"] = [self._guard(p) for p in processors]
+        return super()._init_sampler(*args, **kwargs)
+
+    def _guard(self, processor: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(input_ids: Any, scores: Any) -> Any:
+            if self._callback_error is None:
+                try:
+                    return processor(input_ids, scores)
+                except BaseException as e:
+                    self._callback_error = e
+            return scores
+
+        return guarded
+
+    def _raise_callback_error(self) -> None:
+        error, self._callback_error = self._callback_error, None
+        if error is not None:
+            raise error
+
+    # ---- state
+
+    def reset(self) -> None:
+        """Forget the text; the next evaluation starts at position 0."""
+        super().reset()
+        if self._session is not None:
+            self._session.finish_round()
+            if self._session.recurrent:
+                self._session.forget(0)  # stock has just cleared the memory
+
+    def save_state(self) -> Any:
+        if self._session is not None:
+            self._session.settle()
+        return super().save_state()
+
+    def load_state(self, state: Any) -> None:
+        super().load_state(state)
+        if self._session is not None:
+            self._session.forget(host.memory_end(self._ctx))
+            self._session.align(self._input_ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        options = self._options
+        return {
+            **super().__getstate__(),
+            "spec_type": options.spec_type,
+            "spec_draft_n_max": options.n_max,
+            "spec_draft_n_min": options.n_min,
+            "spec_draft_p_min": options.p_min,
+            "spec_draft_type_k": options.type_k,
+            "spec_draft_type_v": options.type_v,
+            "spec_draft_adaptive": options.adaptive,
+        }
+
+    # ---- lifetime: session, target context, model
+
+    def close(self) -> None:
+        """Free the draft context, then the host's own objects. Idempotent."""
+        session = getattr(self, "_session", None)
+        if session is not None:
+            session.close()
+            if hasattr(self, "_ctx"):
+                unwatch(self._ctx)
+        if hasattr(self, "_stack"):
+            super().close()
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _signature() -> inspect.Signature:
+    """The stock constructor's signature with our arguments in front of its ``**kwargs``."""
+    own = inspect.signature(Llama.__init__).parameters
+    parameters = [p for p in _STOCK_INIT.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters += [p for p in own.values() if p.name.startswith("spec_")]
+    return inspect.Signature(parameters)
+
+
+Llama.__init__.__signature__ = _signature()  # type: ignore[attr-defined]

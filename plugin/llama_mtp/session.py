@@ -1,0 +1,318 @@
+"""One object's speculation: rounds through the native engine, the depth of each, and what they cost.
+
+The engine owns the truth about both contexts; this module owns its lifetime, asks the policy and the
+hooks once per round, and books the outcome.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import host
+from ._engine import api_names, check, ffi, lib, open_session
+from .depth import DepthPolicy
+from .errors import RollbackRefused
+from .hooks import DraftRequest, Drafter, SpecSettings, Verdict
+from .registry import plugin_manager
+from .settings import Plan
+from .stats import SpecStats
+
+logger = logging.getLogger("llama_mtp")
+
+
+class Session:
+    """Target, draft context and drafter of one ``Llama`` object.
+
+    Positions and counts are tokens. Every method raises ClosedError after :meth:`close` and
+    BusyError when another thread is inside.
+    """
+
+    def __init__(self, plan: Plan, target: Any, draft: Any | None, n_batch: int, n_ubatch: int):
+        host.check_version()
+        self._handle: Any = ffi.NULL
+        self._draft = draft
+        model = target.model.model
+        n_vocab = target.model.n_vocab()
+        rollback = plan.report.rollback
+        self._handle = open_session(
+            host.address_table(api_names()),
+            host.batch_layout(),
+            {
+                "target": ffi.cast("void *", target.ctx),
+                "draft": ffi.cast("void *", draft.ctx) if draft is not None else ffi.NULL,
+                "n_vocab": n_vocab,
+                "n_embd": host.C.llama_model_n_embd_out(model),
+                "n_ctx": target.n_ctx(),
+                "n_batch": n_batch,
+                "n_ubatch": n_ubatch,
+                "n_draft_max": plan.depth,
+                "n_rs_seq": host.C.llama_n_rs_seq(target.ctx),
+                "rollback": lib.MTP_ROLLBACK_SNAPSHOTS
+                if rollback == "snapshots"
+                else lib.MTP_ROLLBACK_ATTENTION,
+                "gathers": int(plan.report.gathers),
+                "gaps": int(plan.report.mrope),
+                "confidence": int(plan.options.p_min > 0.0),
+            },
+        )
+        options = plan.options
+        self.recurrent = rollback == "snapshots"
+        self.stats = SpecStats()
+        self.policy = DepthPolicy(
+            plan.depth, min(options.n_min, plan.depth), adaptive=options.adaptive
+        )
+        self._p_min = options.p_min
+        self._settings = SpecSettings(
+            plan.spec.name, plan.depth, options.n_min, options.p_min, target.n_ctx(), n_vocab
+        )
+        self._drafter: Drafter | None = plan.spec.factory and plan.spec.factory(self._settings)
+        self._hooks = plugin_manager().hook
+        self._ask_depth = bool(self._hooks.mtp_choose_depth.get_hookimpls())
+        self._told = False
+        self._step = ffi.new("struct mtp_step *")
+        self._counters = ffi.new("struct mtp_counters *")
+        self._before = ffi.new("struct mtp_counters *")
+        self._rows_left = 0
+        self._open_round = False
+        self._python_ns = 0
+        # Before its model is freed, whatever order the garbage collector prefers.
+        target.model._exit_stack.callback(self.close)
+        self._hooks.mtp_session_opened(settings=self._settings)
+
+    # ---- lifetime
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._handle == ffi.NULL)
+
+    def close(self) -> None:
+        """Free the native session, then the draft context. Idempotent."""
+        if self.closed:
+            return
+        handle, self._handle = self._handle, ffi.NULL
+        alive = self._draft is not None and self._draft.ctx is not None
+        lib.mtp_session_close(handle, int(alive))
+        if alive and self._draft is not None:
+            self._draft.close()
+        self._hooks.mtp_session_closed(settings=self._settings)
+
+    # ---- one token
+
+    def next(self, sampler: Any, last: int, pos: int, context: npt.NDArray[np.intc]) -> int:
+        """Return the token after ``last``, which stands at ``pos`` and ends ``context``.
+
+        ``sampler`` is the address (a cffi ``void *``) of the caller's ``llama_sampler`` chain,
+        stepped exactly once.
+        """
+        start = time.perf_counter_ns()
+        step, handle = self._step, self._handle
+        if self._rows_left:
+            native = time.perf_counter_ns()
+            check(lib.mtp_next(handle, sampler, last, pos, 0, 0.0, step), handle)
+        else:
+            self.finish_round()
+            depth = self._depth(context)
+            if self._drafter is None:
+                native = time.perf_counter_ns()
+                status = lib.mtp_next(handle, sampler, last, pos, depth, self._p_min, step)
+                check(status, handle)
+            else:
+                tokens, draft_ns = self._ask_drafter(context, depth)
+                native = time.perf_counter_ns()
+                check(lib.mtp_verify(handle, last, pos, tokens, len(tokens)), handle)
+                self._open_round = True
+                check(lib.mtp_sample(handle, sampler, step), handle)
+                step.draft_ns = draft_ns
+            self._open_round = True
+        done = time.perf_counter_ns()
+        self._rows_left = step.rows_left
+        self._python_ns += native - start + time.perf_counter_ns() - done
+        return int(step.token)
+
+    def _depth(self, context: npt.NDArray[np.intc]) -> int:
+        depth = self.policy.choose()
+        if depth and self._ask_depth:
+            answer = self._hooks.mtp_choose_depth(
+                request=DraftRequest(_read_only(context), self.policy.depth_max)
+            )
+            if answer is not None:
+                depth = max(0, min(int(answer), self.policy.depth_max))
+        return depth
+
+    def _ask_drafter(self, context: npt.NDArray[np.intc], depth: int) -> tuple[list[int], int]:
+        assert self._drafter is not None
+        room = min(depth, self._settings.n_ctx - len(context))
+        if room <= 0:
+            return [], 0
+        start = time.perf_counter_ns()
+        draft = self._drafter.draft(DraftRequest(_read_only(context), room))
+        tokens: list[int] = []
+        for token in draft.tokens[:room]:
+            if not 0 <= token < self._settings.n_vocab:
+                break
+            tokens.append(int(token))
+        if len(tokens) < self._settings.n_min:
+            tokens.clear()
+        return tokens, time.perf_counter_ns() - start
+
+    def finish_round(self) -> None:
+        """Book the round that is over: statistics, depth policy, observers."""
+        if not self._open_round:
+            return
+        self._open_round = False
+        self._rows_left = 0
+        step, now, before = self._step, self._counters, self._before
+        lib.mtp_session_counters(self._handle, now)
+        target_ns = now.target_ns - before.target_ns
+        draft_ns = now.draft_ns - before.draft_ns
+        sample_ns = now.sample_ns - before.sample_ns
+        self.stats.observe_round(
+            step.n_drafted,
+            step.n_sampled,
+            step.n_accepted,
+            target_ns=target_ns,
+            draft_ns=draft_ns + (step.draft_ns if self._drafter is not None else 0),
+            sample_ns=sample_ns,
+            native_overhead_ns=now.total_ns - before.total_ns - target_ns - draft_ns - sample_ns,
+            python_ns=self._python_ns,
+            target_decodes=now.n_target_decodes - before.n_target_decodes,
+            draft_decodes=now.n_draft_decodes - before.n_draft_decodes,
+        )
+        self._python_ns = 0
+        self._counters, self._before = before, now
+        self.policy.observe(
+            1 + step.n_drafted,
+            step.target_ns,
+            step.n_drafted,
+            step.draft_ns,
+            step.n_sampled,
+            step.n_accepted,
+        )
+        if self.policy.dropped and not self._told:
+            self._told = True
+            logger.warning("drafting does not pay here and is off. %s", self.policy.explain())
+        if self._hooks.mtp_round_finished.get_hookimpls():
+            self._hooks.mtp_round_finished(
+                verdict=Verdict(
+                    step.n_drafted, step.n_accepted, step.n_sampled, step.target_ns, step.draft_ns
+                )
+            )
+
+    def begin_generation(self, context: npt.NDArray[np.intc]) -> None:
+        """Start counting a generation, and cut the draft context to what ``context`` says."""
+        self.stats.begin()
+        lib.mtp_session_counters(self._handle, self._before)
+        self.align(context)
+
+    # ---- the target was decoded, cut or replaced outside a round
+
+    def capture(self, batch: Any) -> None:
+        """Take the hidden rows of a decode that the host just did (a ``llama_batch``)."""
+        handle = self._handle
+        tokens = ffi.cast("int32_t *", ctypes.addressof(batch.token.contents))
+        check(lib.mtp_capture(handle, tokens, batch.n_tokens, batch.pos[0]), handle)
+
+    @property
+    def n_past(self) -> int:
+        """Positions that the target holds, rows that nobody sampled left out."""
+        return int(lib.mtp_n_past(self._handle))
+
+    @property
+    def live_row(self) -> int:
+        """Output row with the logits of the last kept position; -1 when they are gone."""
+        return int(lib.mtp_live_row(self._handle))
+
+    def settle(self) -> None:
+        """End a round in the middle: both contexts are cut to the tokens that were emitted."""
+        self.finish_round()
+        check(lib.mtp_settle(self._handle), self._handle)
+
+    def can_truncate(self, n_past: int) -> bool:
+        return bool(lib.mtp_can_truncate(self._handle, n_past))
+
+    def truncate(self, n_past: int) -> None:
+        """Cut both contexts to ``n_past`` positions; RollbackRefused where the state is gone."""
+        self.finish_round()
+        check(lib.mtp_truncate(self._handle, n_past), self._handle)
+
+    def forget(self, n_past: int) -> None:
+        """Someone replaced the target's memory, which now ends at ``n_past``."""
+        self.finish_round()
+        check(lib.mtp_forget(self._handle, n_past), self._handle)
+
+    def align(self, context: npt.NDArray[np.intc]) -> None:
+        """Cut the draft context to the prefix that it has in common with ``context``."""
+        tokens = ffi.from_buffer("int32_t[]", np.ascontiguousarray(context, dtype=np.int32))
+        check(lib.mtp_align(self._handle, tokens, len(context)), self._handle)
+
+
+def _read_only(context: npt.NDArray[np.intc]) -> npt.NDArray[np.int32]:
+    view = context.view()
+    view.flags.writeable = False
+    return view
+
+
+def watch(target: Any, session: Session, n_outputs_max: int) -> None:
+    """Hang capture and the rollback rules on this one ``LlamaContext``; the class stays as it is.
+
+    Stock code and chat handlers decode, cut and clear through these three methods.
+    """
+    decode, seq_rm, clear = target.decode, target.kv_cache_seq_rm, target.kv_cache_clear
+
+    def decode_and_capture(batch: Any) -> None:
+        rows = batch.batch
+        n = rows.n_tokens
+        if n_outputs_max and n > n_outputs_max:
+            n_outputs = n - ctypes.string_at(rows.logits, n).count(0)
+            if n_outputs > n_outputs_max:  # the host would abort the process
+                raise ValueError(
+                    f"{n_outputs} rows with logits in one batch, but the context was made for "
+                    f"{n_outputs_max}; construct Llama with logits_all=True to ask for more."
+                )
+        if session.closed:
+            check(lib.MTP_INVALID, ffi.NULL)
+        session.settle()
+        try:
+            decode(batch)
+        except RuntimeError:
+            # Some rows may be in: believe the memory, so that a recurrent state is evaluated anew.
+            session.forget(host.memory_end(target))
+            raise
+        session.capture(rows)
+
+    def rules_then_remove(seq_id: int, p0: int, p1: int) -> bool:
+        session.settle()
+        start = max(p0, 0)
+        if p1 >= 0:  # a hole in the middle: nothing that we could keep track of
+            done = bool(seq_rm(seq_id, p0, p1))
+            session.forget(session.n_past)
+            session.align(np.empty(0, dtype=np.int32))
+            return done
+        if start < session.n_past:
+            try:
+                session.truncate(start)
+            except RollbackRefused:
+                return False
+            return True
+        return bool(seq_rm(seq_id, p0, p1))
+
+    def clear_and_forget() -> None:
+        session.finish_round()
+        clear()
+        session.forget(0)
+
+    target.decode = decode_and_capture
+    target.kv_cache_seq_rm = rules_then_remove
+    target.kv_cache_clear = clear_and_forget
+
+
+def unwatch(target: Any) -> None:
+    """Give the context its own methods back."""
+    for name in ("decode", "kv_cache_seq_rm", "kv_cache_clear"):
+        target.__dict__.pop(name, None)

@@ -1,0 +1,165 @@
+"""What the user asked for, checked against the file before anything native runs.
+
+Keyword beats environment beats default. The outcome is a :class:`Plan`, or ``None``: run as stock.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from .errors import SpecTypeError
+from .gguf_tools.inspect import HeadReport, check_head
+from .hooks import SpecType
+from .registry import resolve
+
+logger = logging.getLogger("llama_mtp")
+
+MAX_DEPTH = 64  # more rows than this in a verify batch never pay
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class SpecOptions:
+    """The user's speculative options, every default filled in; names are llama.cpp's own."""
+
+    spec_type: str
+    n_max: int
+    n_min: int
+    p_min: float
+    type_k: int | None
+    type_v: int | None
+    adaptive: bool
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the user insists: what cannot be honoured then raises."""
+        return self.spec_type != "auto"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A spec type that this file and these arguments allow, with its sizes."""
+
+    spec: SpecType
+    options: SpecOptions
+    report: HeadReport
+    depth: int  # bound on drafts per round, clamped to what the batch sizes carry
+
+    @property
+    def n_rs_seq(self) -> int:
+        """Recurrent snapshots the target needs beyond its current state."""
+        return self.depth if self.report.rollback == "snapshots" else 0
+
+
+def _choose(keyword: _T | None, variable: str, parse: Callable[[str], _T], default: _T) -> _T:
+    if keyword is not None:
+        return keyword
+    text = os.environ.get(variable)
+    if text is None or not text.strip():
+        return default
+    try:
+        return parse(text.strip())
+    except ValueError as e:
+        raise SpecTypeError(
+            f"The environment variable {variable}={text!r} is not a number; correct or unset it."
+        ) from e
+
+
+def read_options(
+    spec_type: str | None,
+    n_max: int | None,
+    n_min: int | None,
+    p_min: float | None,
+    type_k: int | None,
+    type_v: int | None,
+    adaptive: bool,
+) -> SpecOptions:
+    """Fill in environment and defaults; SpecTypeError for values out of range."""
+    options = SpecOptions(
+        spec_type=_choose(spec_type, "LLAMA_ARG_SPEC_TYPE", str, "auto"),
+        n_max=_choose(n_max, "LLAMA_ARG_SPEC_DRAFT_N_MAX", int, 3),
+        n_min=_choose(n_min, "LLAMA_ARG_SPEC_DRAFT_N_MIN", int, 0),
+        p_min=_choose(p_min, "LLAMA_ARG_SPEC_DRAFT_P_MIN", float, 0.0),
+        type_k=type_k,
+        type_v=type_v,
+        adaptive=adaptive,
+    )
+    if not isinstance(options.spec_type, str):
+        raise SpecTypeError(f"spec_type must be a string, got {options.spec_type!r}.")
+    if not 0 <= options.n_max <= MAX_DEPTH:
+        raise SpecTypeError(
+            f"spec_draft_n_max must be between 0 and {MAX_DEPTH}, got {options.n_max}; "
+            "3 is a good start."
+        )
+    if not 0 <= options.n_min <= options.n_max:
+        raise SpecTypeError(
+            f"spec_draft_n_min must be between 0 and spec_draft_n_max={options.n_max}, "
+            f"got {options.n_min}."
+        )
+    if not 0.0 <= options.p_min < 1.0:
+        raise SpecTypeError(
+            f"spec_draft_p_min is a probability below 1, got {options.p_min}; 0 never stops early."
+        )
+    return options
+
+
+def make_plan(model_path: str, options: SpecOptions, stock: Mapping[str, Any]) -> Plan | None:
+    """Decide whether and how to speculate.
+
+    ``stock`` holds the keyword arguments meant for the stock class. With ``spec_type="auto"`` an
+    obstacle is logged and the answer is ``None``; with an explicit type it raises SpecTypeError.
+
+    Raises ModelFileError for a file that is no GGUF, damaged or truncated.
+    """
+    if options.spec_type == "none":
+        return None
+    spec = resolve("draft-mtp" if options.spec_type == "auto" else options.spec_type)
+    if not os.path.exists(model_path):
+        return None  # the stock class says so
+    obstacle = _obstacle(stock)
+    report = None if obstacle else check_head(model_path)
+    if report is not None:
+        obstacle = _missing_head(spec, report)
+    if obstacle is None and report is not None:
+        return Plan(spec, options, report, _clamp(options.n_max, report, stock))
+    if options.explicit:
+        raise SpecTypeError(f"spec_type={options.spec_type!r} is not possible: {obstacle}")
+    logger.info("running without MTP: %s", obstacle)
+    return None
+
+
+def _obstacle(stock: Mapping[str, Any]) -> str | None:
+    if stock.get("draft_model") is not None:
+        return "draft_model= is another source of drafts; pass one of the two."
+    if stock.get("embedding"):
+        return "embedding=True makes no text; make a second object for embeddings."
+    if stock.get("vocab_only"):
+        return "vocab_only=True loads no weights; load the model to generate text."
+    return None
+
+
+def _missing_head(spec: SpecType, report: HeadReport) -> str | None:
+    if spec.needs_head and not report.executable:
+        return f"{report.reason} {report.remedy}"
+    if report.rollback == "checkpoint":
+        return (
+            f"the memory of a {report.architecture} model cannot take back single tokens; "
+            'use spec_type="none".'
+        )
+    return None
+
+
+def _clamp(depth: int, report: HeadReport, stock: Mapping[str, Any]) -> int:
+    """Bound the depth by what one decode carries (llama-batch.cpp: n_ubatch > n_rs_seq + 1)."""
+    n_ctx = stock.get("n_ctx", 512) or report.n_ctx_train or 512
+    n_batch = min(n_ctx, stock.get("n_batch", 512))
+    n_ubatch = min(n_batch, stock.get("n_ubatch", 512))
+    room = n_ubatch - 2 if report.rollback == "snapshots" else n_batch - 1
+    if depth > room:
+        logger.warning("spec_draft_n_max=%d lowered to %d by n_batch/n_ubatch", depth, max(room, 0))
+    return max(0, min(depth, room))
