@@ -16,7 +16,7 @@ except ImportError as e:  # a source tree on sys.path, or a wheel for another pl
 
 if (built := ffi.string(lib.mtp_version()).decode()) != __version__:
     raise NativeError(
-        f"The native engine is of version {built}, the package of {__version__}; reinstall llama-mtp."
+        f"The native engine is of version {built}, the package {__version__}; reinstall llama-mtp."
     )
 
 __all__ = ["check", "ffi", "lib", "open_session"]
@@ -49,10 +49,8 @@ def api_names() -> list[str]:
 
 
 def open_session(addresses: dict[str, int], layout: dict[str, int], params: dict[str, Any]) -> Any:
-    """Open a native session; the caller owns the handle and closes it with ``mtp_session_close``."""
-    api = ffi.new(
-        "struct mtp_host_api *", {n: ffi.cast("void *", a) for n, a in addresses.items()}
-    )
+    """Open a native session; its owner closes it with ``mtp_session_close``."""
+    api = ffi.new("struct mtp_host_api *", {n: ffi.cast("void *", a) for n, a in addresses.items()})
     out, text = ffi.new("mtp_session **"), ffi.new("char[256]")
     status = lib.mtp_session_open(
         api,

@@ -23,6 +23,24 @@ from llama_cpp.llama import Llama as StockLlama
 
 from .errors import HostVersionError
 
+__all__ = [
+    "BufferSizes",
+    "C",
+    "StockLlama",
+    "address_of",
+    "address_of_sampler",
+    "address_table",
+    "batch_layout",
+    "check_version",
+    "cpu_count",
+    "draft_context",
+    "internals",
+    "keeps_everything",
+    "logits_row",
+    "memory_end",
+    "version",
+]
+
 _OLDEST = (0, 3, 36)
 
 # llama-ext.h is not extern "C": plain name, Itanium ABI, MSVC ABI.
@@ -107,14 +125,15 @@ def memory_end(context: Any) -> int:
 
 
 def keeps_everything(context: Any) -> bool:
-    """Whether sequence 0 still reaches back to position 0 (a sliding window may have dropped it)."""
+    """Whether sequence 0 still reaches back to position 0 (sliding windows move on)."""
     return int(C.llama_memory_seq_pos_min(context.memory, 0)) <= 0
 
 
 def logits_row(context: Any, row: int, n_vocab: int) -> npt.NDArray[np.single]:
     """Copy one live row of logits, float32 of shape (n_vocab,)."""
     pointer = C.llama_get_logits_ith(context.ctx, row)
-    return np.ctypeslib.as_array(pointer, shape=(n_vocab,)).copy()
+    logits: npt.NDArray[np.single] = np.ctypeslib.as_array(pointer, shape=(n_vocab,)).copy()
+    return logits
 
 
 class BufferSizes(contextlib.AbstractContextManager["BufferSizes"]):
@@ -130,14 +149,13 @@ class BufferSizes(contextlib.AbstractContextManager["BufferSizes"]):
         self.bytes: dict[str, int] = {}
 
     def __enter__(self) -> BufferSizes:
-        @C.llama_log_callback
         def listen(level: int, text: bytes, user_data: Any) -> None:
             for part, size in self._LINE.findall(text.decode("utf-8", "replace")):
                 self.bytes[part] = self.bytes.get(part, 0) + round(float(size) * 2**20)
             _logger.llama_log_callback(level, text, user_data)
 
-        self._listen = listen  # the host keeps the pointer only
-        C.llama_log_set(listen, ctypes.c_void_p(0))
+        self._listen = C.llama_log_callback(listen)  # the host keeps the pointer only
+        C.llama_log_set(self._listen, ctypes.c_void_p(0))
         return self
 
     def __exit__(self, *_: object) -> None:

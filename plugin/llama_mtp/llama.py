@@ -6,14 +6,12 @@ reset and the state calls keep it in step. Everything else is the host's own cod
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from . import host
 from ._engine import ffi
@@ -54,6 +52,8 @@ class Llama(host.StockLlama):
         ModelFileError: the file is no GGUF, damaged or truncated.
         HostVersionError: the installed llama-cpp-python lacks what is needed.
     """
+
+    n_tokens: int  # set by the stock class: positions that count as evaluated
 
     def __init__(
         self,
@@ -111,8 +111,8 @@ class Llama(host.StockLlama):
             super().__init__(model_path, **stock)
         if self._fields_set != 2:
             raise HostVersionError(
-                f"llama-cpp-python {host.version()} builds its parameters in a way this plugin does "
-                "not know; install a llama-mtp release for it."
+                f"llama-cpp-python {host.version()} builds its parameters in a way that is not "
+                "known here; install a llama-mtp release for it."
             )
         draft = None
         draft_sizes = host.BufferSizes()
@@ -193,13 +193,17 @@ class Llama(host.StockLlama):
 
     # ---- generation
 
-    @functools.wraps(host.StockLlama.generate)
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any
     ) -> Generator[int, Sequence[int] | None, None]:
+        """Yield tokens after a prompt: the arguments and tokens of ``llama_cpp.Llama.generate``.
+
+        ``send(tokens)`` appends text as stock does. Raises ClosedError after :meth:`close`.
+        """
         session = self._session
         if session is None or self.draft_model is not None:
-            return (yield from super().generate(tokens, *args, **kwargs))
+            yield from super().generate(tokens, *args, **kwargs)
+            return
         if session.closed:
             raise ClosedError("The model is closed; make a new Llama object.")
         bound = _STOCK_GENERATE.bind(self, tokens, *args, **kwargs)
@@ -219,19 +223,24 @@ class Llama(host.StockLlama):
         if prompt:
             self.eval(prompt)
         session.begin_generation(self._input_ids)
-        token = self._sample_live(chain)
-        while True:
-            if stopping_criteria is not None and stopping_criteria(
-                self._input_ids,
-                host.logits_row(self._ctx, session.live_row, self._n_vocab),
-            ):
-                return
-            sent = yield token
-            if sent is None:
-                token = self._next(session, address, token)
-            else:
-                self.eval([token, *sent])
-                token = self._sample_live(chain)
+        try:
+            token = self._sample_live(chain)
+            while True:
+                if stopping_criteria is not None and stopping_criteria(
+                    self._input_ids,
+                    host.logits_row(self._ctx, session.live_row, self._n_vocab),
+                ):
+                    return
+                sent = yield token
+                if sent is None:
+                    token = self._next(session, address, token)
+                else:
+                    self.eval([token, *sent])
+                    token = self._sample_live(chain)
+        finally:
+            # Booked, not rolled back: what comes next may want to go further back in one step.
+            if not session.closed:
+                session.finish_round()
 
     def _next(self, session: Session, chain: Any, last: int) -> int:
         """Return the token after ``last``; stock's invariant at every sample: last is evaluated."""
@@ -287,7 +296,7 @@ class Llama(host.StockLlama):
         return prompt[keep:]
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens after the ``n_tokens`` that count so far (see ``llama_cpp.Llama.eval``)."""
+        """Evaluate tokens after the ``n_tokens`` that count so far, as stock does."""
         session = self._session
         if session is not None:
             session.settle()
@@ -307,7 +316,7 @@ class Llama(host.StockLlama):
         super().eval(text)
 
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
-        """Sample from the last position, or the one that ``idx`` names (``llama_cpp.Llama.sample``)."""
+        """Sample from the last position, or the one that ``idx`` names, as stock does."""
         session = self._session
         if session is not None and session.live_row >= 0:
             position = self.n_tokens - 1 if idx is None else idx
@@ -403,3 +412,4 @@ def _signature() -> inspect.Signature:
 
 
 Llama.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
+Llama.generate.__signature__ = _STOCK_GENERATE  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""One object's speculation: rounds through the native engine, the depth of each, and what they cost.
+"""One object's speculation: rounds through the native engine, their depth, and what they cost.
 
-The engine owns the truth about both contexts; this module owns its lifetime, asks the policy and the
-hooks once per round, and books the outcome.
+The engine owns the truth about both contexts; this module owns its lifetime, asks the policy and
+the hooks once per round, and books the outcome.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import host
 from ._engine import api_names, check, ffi, lib, open_session
 from .depth import DepthPolicy
 from .errors import RollbackRefused
-from .hooks import DraftRequest, Drafter, SpecSettings, Verdict
+from .hooks import Drafter, DraftRequest, SpecSettings, Verdict
 from .registry import plugin_manager
 from .settings import Plan
 from .stats import SpecStats
@@ -75,6 +75,7 @@ class Session:
         self._hooks = plugin_manager().hook
         self._ask_depth = bool(self._hooks.mtp_choose_depth.get_hookimpls())
         self._told = False
+        self._observer_failed = False
         self._step = ffi.new("struct mtp_step *")
         self._counters = ffi.new("struct mtp_counters *")
         self._before = ffi.new("struct mtp_counters *")
@@ -83,7 +84,18 @@ class Session:
         self._python_ns = 0
         # Before its model is freed, whatever order the garbage collector prefers.
         target.model._exit_stack.callback(self.close)
-        self._hooks.mtp_session_opened(settings=self._settings)
+        self._tell(self._hooks.mtp_session_opened, settings=self._settings)
+
+    def _tell(self, hook: Any, **record: Any) -> None:
+        """Call an observer. A plugin that raises is reported once and costs nobody a token."""
+        if not hook.get_hookimpls():
+            return
+        try:
+            hook(**record)
+        except Exception:
+            if not self._observer_failed:
+                self._observer_failed = True
+                logger.exception("a plugin failed in %s; generation goes on without it", hook.name)
 
     # ---- lifetime
 
@@ -100,7 +112,7 @@ class Session:
         lib.mtp_session_close(handle, int(alive))
         if alive and self._draft is not None:
             self._draft.close()
-        self._hooks.mtp_session_closed(settings=self._settings)
+        self._tell(self._hooks.mtp_session_closed, settings=self._settings)
 
     # ---- one token
 
@@ -197,12 +209,12 @@ class Session:
         if self.policy.dropped and not self._told:
             self._told = True
             logger.warning("drafting does not pay here and is off. %s", self.policy.explain())
-        if self._hooks.mtp_round_finished.get_hookimpls():
-            self._hooks.mtp_round_finished(
-                verdict=Verdict(
-                    step.n_drafted, step.n_accepted, step.n_sampled, step.target_ns, step.draft_ns
-                )
-            )
+        self._tell(
+            self._hooks.mtp_round_finished,
+            verdict=Verdict(
+                step.n_drafted, step.n_accepted, step.n_sampled, step.target_ns, step.draft_ns
+            ),
+        )
 
     def begin_generation(self, context: npt.NDArray[np.intc]) -> None:
         """Start counting a generation, and cut the draft context to what ``context`` says."""
@@ -253,7 +265,7 @@ class Session:
 
 
 def _read_only(context: npt.NDArray[np.intc]) -> npt.NDArray[np.int32]:
-    view = context.view()
+    view: npt.NDArray[np.int32] = context.view()
     view.flags.writeable = False
     return view
 

@@ -156,8 +156,8 @@ def _missing_head(spec: SpecType, report: HeadReport) -> str | None:
 
 def _clamp(depth: int, report: HeadReport, stock: Mapping[str, Any]) -> int:
     """Bound the depth by what one decode carries (llama-batch.cpp: n_ubatch > n_rs_seq + 1)."""
-    n_ctx = stock.get("n_ctx", 512) or report.n_ctx_train or 512
-    n_batch = min(n_ctx, stock.get("n_batch", 512))
+    n_ctx: int = stock.get("n_ctx", 512) or report.n_ctx_train or 512
+    n_batch: int = min(n_ctx, stock.get("n_batch", 512))
     n_ubatch = min(n_batch, stock.get("n_ubatch", 512))
     room = n_ubatch - 2 if report.rollback == "snapshots" else n_batch - 1
     if depth > room:

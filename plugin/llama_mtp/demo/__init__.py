@@ -1,0 +1,1 @@
+"""The demo model: SmolLM2-135M-Instruct joined with a NextN head trained for it."""
