@@ -260,14 +260,26 @@ class Llama(host.StockLlama):
         except NativeError:
             self.n_tokens = pos
             raise
+        if self._logits_all:
+            self.scores[pos] = host.logits_row(self._ctx, session.live_row, self._n_vocab)
         self._raise_callback_error()
         return token
 
     def _sample_live(self, chain: Any) -> int:
-        assert self._session is not None
-        token = int(chain.sample(self._ctx, self._session.live_row))
+        token = int(chain.sample(self._ctx, self._live_row()))
         self._raise_callback_error()
         return token
+
+    def _live_row(self) -> int:
+        """Return the output row of the last position, evaluated again where its logits are gone."""
+        session = self._session
+        assert session is not None
+        if session.live_row < 0:
+            if self.n_tokens == 0:
+                raise ValueError("There is no text to go on from; pass at least one token.")
+            self.n_tokens -= 1
+            self.eval([int(self.input_ids[self.n_tokens])])
+        return session.live_row
 
     def _reuse_prefix(self, prompt: list[int]) -> list[int]:
         """Cut the context to what it shares with ``prompt`` and return the rest to evaluate.
@@ -317,10 +329,9 @@ class Llama(host.StockLlama):
 
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
         """Sample from the last position, or the one that ``idx`` names, as stock does."""
-        session = self._session
-        if session is not None and session.live_row >= 0:
+        if self._session is not None:
             position = self.n_tokens - 1 if idx is None else idx
-            row = session.live_row + position - (self.n_tokens - 1)
+            row = self._live_row() + position - (self.n_tokens - 1)
             idx = row + self.n_tokens  # stock hands the host idx - n_tokens
         token = int(super().sample(*args, idx=idx, **kwargs))
         self._raise_callback_error()

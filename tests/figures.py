@@ -1,0 +1,128 @@
+"""Print the figures that the README quotes, measured here and now.
+
+    python tests/figures.py
+
+Overheads come from a constructed model whose decodes cost next to nothing, one thread, constant
+depth 3: what is left is ours. Times are medians.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import gguf
+import models
+from rich.console import Console
+from rich.table import Table
+
+from llama_mtp import Llama
+from llama_mtp.gguf_tools.inspect import check_head
+
+IMPORT = """
+import time, llama_cpp
+t = time.perf_counter()
+import llama_mtp
+a = time.perf_counter()
+llama_mtp.Llama
+print(a - t, time.perf_counter() - a)
+"""
+
+
+def imports() -> tuple[float, float]:
+    """Return seconds of ``import llama_mtp`` and of the first use of ``Llama``, after llama_cpp."""
+    runs = [
+        [float(x) for x in subprocess.check_output([sys.executable, "-c", IMPORT]).split()]
+        for _ in range(5)
+    ]
+    return median(r[0] for r in runs), median(r[1] for r in runs)
+
+
+def header_check(folder: Path) -> float:
+    """Return seconds that the check of a GGUF with 248,320 tokens and as many merges takes."""
+    small = models.build(folder / "small.gguf", "qwen35")
+    reader = gguf.GGUFReader(small.path)
+    path = folder / "large.gguf"
+    writer = gguf.GGUFWriter(path, "qwen35")
+    writer.add_block_count(5)
+    writer.add_embedding_length(models.N_EMBD)
+    writer.add_uint32("qwen35.nextn_predict_layers", 1)
+    writer.add_token_list([f"token-{i}" for i in range(248_320)])
+    writer.add_token_merges([f"to ken-{i}" for i in range(248_320)])
+    writer.add_token_scores([0.0] * 248_320)
+    writer.add_token_types([1] * 248_320)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    runs = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert check_head(path).executable
+        runs.append(time.perf_counter() - start)
+    return median(runs)
+
+
+def overhead(folder: Path, arch: str) -> tuple[float, float, float]:
+    """Return microseconds a round in native code and in Python, and tokens a round."""
+    m = models.build(folder / f"{arch}.gguf", arch)
+    native, python = [], []
+    with Llama(
+        str(m.path),
+        spec_type="draft-mtp",
+        spec_draft_adaptive=False,
+        n_ctx=1024,
+        n_threads=1,
+        n_threads_batch=1,
+        verbose=False,
+    ) as llm:
+        for seed in range(9):
+            for _ in islice(llm.generate(m.text(20, seed), temp=0.0), 300):
+                pass
+            stats = llm.spec_stats.last
+            assert stats is not None
+            native.append(stats.native_overhead_ns / stats.num_rounds / 1e3)
+            python.append(stats.python_ns / stats.num_rounds / 1e3)
+        return median(native), median(python), llm.spec_stats.mean_acceptance_length
+
+
+def native_build(folder: Path) -> float:
+    """Return seconds that `pip wheel` takes, build tools fetched and native module compiled."""
+    source = Path(__file__).resolve().parent.parent
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(source)],
+        check=True,
+    )
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    table = Table("figure", "measured", "goal")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        package, first_use = imports()
+        table.add_row("import llama_mtp, after llama_cpp", f"{package * 1e3:.1f} ms", "50 ms")
+        table.add_row("first use of llama_mtp.Llama", f"{first_use * 1e3:.1f} ms", "")
+        table.add_row(
+            "header check, 248,320 tokens", f"{header_check(folder) * 1e3:.0f} ms", "100 ms"
+        )
+        for arch in models.ARCHITECTURES:
+            native, python, tokens = overhead(folder, arch)
+            table.add_row(
+                f"a round on {arch} ({tokens:.2f} tokens): native", f"{native:.1f} us", "30 us"
+            )
+            table.add_row("  in Python", f"{python:.1f} us", "60 us")
+        table.add_row("wheel, isolated build", f"{native_build(folder):.0f} s", "60 s")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
