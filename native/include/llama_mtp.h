@@ -87,6 +87,7 @@ struct mtp_session_params {
     int32_t gathers;     /* 1: the MTP graph publishes hidden rows of outputs only (read masked) */
     int32_t gaps;        /* 1: positions of the draft context may jump (M-RoPE) */
     int32_t confidence;  /* 1: draft picks bring their probability (top-10 softmax); 0: argmax on the device */
+    int32_t n_draft_min; /* mtp_next drops drafts that p_min cut shorter than this */
 };
 
 /* What next() did. Times are nanoseconds of one round and are set when a round begins. */

@@ -157,6 +157,9 @@ void mtp_session::next(void * sampler, int32_t last, int32_t pos, int32_t depth,
         std::vector<int32_t> drafts;
         if (drafter && depth > 0) {
             drafts = draft(last, pos, depth, p_min);
+            if (static_cast<int32_t>(drafts.size()) < params.n_draft_min) {
+                drafts.clear();
+            }
         }
         verify(last, pos, drafts.data(), static_cast<int32_t>(drafts.size()));
     } else {

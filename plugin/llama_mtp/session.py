@@ -59,6 +59,7 @@ class Session:
                 "gathers": int(plan.report.gathers),
                 "gaps": int(plan.report.mrope),
                 "confidence": int(plan.options.p_min > 0.0),
+                "n_draft_min": plan.options.n_min,
             },
         )
         options = plan.options
