@@ -223,6 +223,9 @@ def doctor() -> None:
     """Versions, the host's library, the functions found in it, and the plugins."""
     healthy = True
     table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # the library's whole path
     for finding in findings():
         healthy = healthy and finding.ok
         mark = "[green]ok[/]" if finding.ok else "[red]no[/]"

@@ -29,7 +29,6 @@ def findings() -> Iterator[Finding]:
         ("host library", _host_library),
         ("native engine", _engine),
         ("host functions", _functions),
-        ("llama_batch", _layout),
     ):
         try:
             yield Finding(True, what, look())
@@ -80,9 +79,3 @@ def _functions() -> str:
             f"not found: {', '.join(missing)}; install a supported llama-cpp-python (>= 0.3.36)."
         )
     return f"all {len(names)} found"
-
-
-def _layout() -> str:
-    from . import host
-
-    return f"{host.batch_layout()['batch_size']} bytes as the host's bindings see it"

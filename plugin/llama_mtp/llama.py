@@ -198,7 +198,8 @@ class Llama(host.StockLlama):
     ) -> Generator[int, Sequence[int] | None, None]:
         """Yield tokens after a prompt: the arguments and tokens of ``llama_cpp.Llama.generate``.
 
-        ``send(tokens)`` appends text as stock does. Raises ClosedError after :meth:`close`.
+        ``send(tokens)`` proposes what may come next, as in stock: the model decides, the text does
+        not change. Raises ClosedError after :meth:`close`.
         """
         session = self._session
         if session is None or self.draft_model is not None:
@@ -232,31 +233,30 @@ class Llama(host.StockLlama):
                 ):
                     return
                 sent = yield token
-                if sent is None:
-                    token = self._next(session, address, token)
-                else:
-                    self.eval([token, *sent])
-                    token = self._sample_live(chain)
+                token = self._next(session, chain, address, token, sent)
         finally:
             # Booked, not rolled back: what comes next may want to go further back in one step.
             if not session.closed:
                 session.finish_round()
 
-    def _next(self, session: Session, chain: Any, last: int) -> int:
+    def _next(
+        self, session: Session, chain: Any, address: Any, last: int, sent: Sequence[int] | None
+    ) -> int:
         """Return the token after ``last``; stock's invariant at every sample: last is evaluated."""
         pos = self.n_tokens
         if pos >= len(self.input_ids) or pos >= self._n_ctx:
-            self.eval([last])  # fails as stock fails at the end of the context
+            self.eval([last])  # stock goes on to the end of the padded memory, and fails there
+            return self._sample_live(chain)
         self.input_ids[pos] = last
         self.n_tokens = pos + 1
         self._requires_eval = False
         try:
-            token = session.next(chain, last, pos, self._input_ids)
+            token = session.next(address, last, pos, self._input_ids, sent)
         except RollbackRefused:
             self.n_tokens = pos
             self._evaluate_again()
             self.n_tokens = pos + 1
-            token = session.next(chain, last, pos, self._input_ids)
+            token = session.next(address, last, pos, self._input_ids, sent)
         except NativeError:
             self.n_tokens = pos
             raise

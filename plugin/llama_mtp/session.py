@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,7 @@ class Session:
         self._before = ffi.new("struct mtp_counters *")
         self._rows_left = 0
         self._open_round = False
+        self._proposed = False
         self._python_ns = 0
         # Before its model is freed, whatever order the garbage collector prefers.
         target.model._exit_stack.callback(self.close)
@@ -117,26 +119,39 @@ class Session:
 
     # ---- one token
 
-    def next(self, sampler: Any, last: int, pos: int, context: npt.NDArray[np.intc]) -> int:
+    def next(
+        self,
+        sampler: Any,
+        last: int,
+        pos: int,
+        context: npt.NDArray[np.intc],
+        proposed: Sequence[int] | None = None,
+    ) -> int:
         """Return the token after ``last``, which stands at ``pos`` and ends ``context``.
 
         ``sampler`` is the address (a cffi ``void *``) of the caller's ``llama_sampler`` chain,
-        stepped exactly once.
+        stepped exactly once. Tokens that the caller ``proposed`` are the drafts of a new round.
         """
         start = time.perf_counter_ns()
         step, handle = self._step, self._handle
+        if proposed is not None:
+            self.settle()
         if self._rows_left:
             native = time.perf_counter_ns()
             check(lib.mtp_next(handle, sampler, last, pos, 0, 0.0, step), handle)
         else:
             self.finish_round()
+            self._proposed = proposed is not None
             depth = self._depth(context)
-            if self._drafter is None:
+            if self._drafter is None and proposed is None:
                 native = time.perf_counter_ns()
                 status = lib.mtp_next(handle, sampler, last, pos, depth, self._p_min, step)
                 check(status, handle)
             else:
-                tokens, draft_ns = self._ask_drafter(context, depth)
+                if proposed is None:
+                    tokens, draft_ns = self._ask_drafter(context, depth)
+                else:
+                    tokens, draft_ns = self._usable(proposed, self._settings.n_max, pos), 0
                 native = time.perf_counter_ns()
                 check(lib.mtp_verify(handle, last, pos, tokens, len(tokens)), handle)
                 self._open_round = True
@@ -160,19 +175,26 @@ class Session:
 
     def _ask_drafter(self, context: npt.NDArray[np.intc], depth: int) -> tuple[list[int], int]:
         assert self._drafter is not None
-        room = min(depth, self._settings.n_ctx - len(context))
+        pos = len(context) - 1
+        room = min(depth, self._settings.n_ctx - pos - 1)
         if room <= 0:
             return [], 0
         start = time.perf_counter_ns()
         draft = self._drafter.draft(DraftRequest(_read_only(context), room))
-        tokens: list[int] = []
-        for token in draft.tokens[:room]:
-            if not 0 <= token < self._settings.n_vocab:
-                break
-            tokens.append(int(token))
+        tokens = self._usable(draft.tokens, room, pos)
         if len(tokens) < self._settings.n_min:
             tokens.clear()
         return tokens, time.perf_counter_ns() - start
+
+    def _usable(self, tokens: Sequence[int], depth: int, pos: int) -> list[int]:
+        """Return the drafts that a round from ``pos`` can carry, up to the first invalid id."""
+        room = max(0, min(depth, self._settings.n_ctx - pos - 1))
+        usable = []
+        for token in tokens[:room]:
+            if not 0 <= token < self._settings.n_vocab:
+                break
+            usable.append(int(token))
+        return usable
 
     def finish_round(self) -> None:
         """Book the round that is over: statistics, depth policy, observers."""
@@ -199,14 +221,15 @@ class Session:
         )
         self._python_ns = 0
         self._counters, self._before = before, now
-        self.policy.observe(
-            1 + step.n_drafted,
-            step.target_ns,
-            step.n_drafted,
-            step.draft_ns,
-            step.n_sampled,
-            step.n_accepted,
-        )
+        if not self._proposed:  # the caller's guesses say nothing about the drafter's
+            self.policy.observe(
+                1 + step.n_drafted,
+                step.target_ns,
+                step.n_drafted,
+                step.draft_ns,
+                step.n_sampled,
+                step.n_accepted,
+            )
         if self.policy.dropped and not self._told:
             self._told = True
             logger.warning("drafting does not pay here and is off. %s", self.policy.explain())

@@ -1,0 +1,68 @@
+"""Constructed models, built once per test session, and stock objects to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import llama_cpp
+import models
+import pytest
+
+ModelFactory = Callable[..., models.Model]
+StockFactory = Callable[..., Any]
+LlamaFactory = Callable[..., Any]
+
+# One thread: the models are tiny, and tests that use two threads should have them.
+# A cache in single precision: in half precision the host itself may round a row of a batch
+# otherwise than the same row alone, and tests that compare whole texts want no exceptions.
+COMMON: dict[str, Any] = {
+    "n_ctx": 512,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+    "type_k": 0,
+    "type_v": 0,
+    "verbose": False,
+}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
+    """Return ``model(arch, **options)``; a file is written once for the same options."""
+    folder = tmp_path_factory.mktemp("models")
+    built: dict[str, models.Model] = {}
+
+    def get(arch: str, **options: Any) -> models.Model:
+        key = "-".join([arch, *(f"{k}={v}" for k, v in sorted(options.items()))])
+        if key not in built:
+            built[key] = models.build(folder / f"{key}.gguf", arch, **options)
+        return built[key]
+
+    return get
+
+
+@pytest.fixture
+def stock() -> Iterator[StockFactory]:
+    """Return ``stock(model, **options)``, a ``llama_cpp.Llama`` closed after the test."""
+    yield from _factory(llama_cpp.Llama)
+
+
+@pytest.fixture
+def ours() -> Iterator[LlamaFactory]:
+    """Return ``ours(model, **options)``: drafts with the head, at constant depth 3 unless told."""
+    from llama_mtp import Llama
+
+    yield from _factory(Llama, spec_type="draft-mtp", spec_draft_adaptive=False)
+
+
+def _factory(cls: Any, **defaults: Any) -> Iterator[Callable[..., Any]]:
+    made: list[Any] = []
+
+    def make(model: models.Model, **options: Any) -> Any:
+        llama = cls(str(model.path), **{**COMMON, **defaults, **options})
+        made.append(llama)
+        return llama
+
+    yield make
+    for llama in made:
+        llama.close()

@@ -1,0 +1,291 @@
+"""The command line, and the promises that the README makes about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import llama_cpp
+import pytest
+from conftest import ModelFactory
+from typer.testing import CliRunner
+
+import llama_mtp
+from llama_mtp import cli
+from llama_mtp.architectures import ARCHITECTURES
+from llama_mtp.bench import PROMPTS, Pair, Run
+from llama_mtp.demo import run as demo_run
+from llama_mtp.errors import LlamaMtpError
+
+ROOT = Path(__file__).parents[1]
+COMMAND = str(Path(sysconfig.get_path("scripts"), "llama-mtp"))
+SHOW = """
+import json, os, sys
+import llama_cpp
+keys = "LLAMA_ARG_SPEC_TYPE", "LLAMA_ARG_SPEC_DRAFT_N_MAX"
+print(json.dumps({
+    "argv": sys.argv, "path": sys.path[0], "name": __name__,
+    "class": llama_cpp.Llama.__module__, "env": [os.environ.get(key) for key in keys],
+}))
+"""
+
+
+def command(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [COMMAND, *args],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    file = tmp_path / "folder" / "show.py"
+    file.parent.mkdir()
+    file.write_text(SHOW)
+    return file
+
+
+# --- run ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["s.py"], ["--", "s.py"]),
+        (["s.py", "--spec-type", "x"], ["--", "s.py", "--spec-type", "x"]),
+        (["--spec-type", "x", "s.py", "-m"], ["--spec-type", "x", "--", "s.py", "-m"]),
+        (["--spec-type=x", "s.py", "--help"], ["--spec-type=x", "--", "s.py", "--help"]),
+        (["-m", "mod", "--help"], ["-m", "mod", "--", "--help"]),
+        (["-mmod", "--help"], ["-mmod", "--", "--help"]),
+        (["--", "s.py"], ["--", "s.py"]),
+        (["--help"], ["--help"]),
+        ([], []),
+    ],
+)
+def test_options_end_where_python_ends_them(args: list[str], expected: list[str]) -> None:
+    assert cli.end_options(args) == expected
+
+
+def test_run_script_sees_what_python_would_show_it(script: Path) -> None:
+    relative = str(script.relative_to(script.parents[1]))
+    args = ("--spec-type", "none", "--spec-draft-n-max", "2", relative, "--spec-type", "y", "-x")
+    done = command("run", *args, cwd=script.parents[1])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "argv": [relative, "--spec-type", "y", "-x"],
+        "path": str(script.parent.resolve()),
+        "name": "__main__",
+        "class": "llama_mtp.llama",
+        "env": ["none", "2"],
+    }
+
+
+def test_run_module_sees_what_python_would_show_it(script: Path) -> None:
+    done = command("run", "-m", "show", "--help", cwd=script.parent)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["argv"] == [str(script), "--help"]
+    assert seen["path"] == str(script.parent)
+    assert seen["class"] == "llama_mtp.llama"
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "says"),
+    [
+        ("raise SystemExit(7)", 7, ""),
+        ("raise EOFError('no more')", 1, "EOFError: no more"),
+        ("raise ValueError('bad')", 1, "ValueError: bad"),
+        ("import llama_cpp; llama_cpp.Llama('missing.gguf')", 1, "missing.gguf"),
+    ],
+)
+def test_run_leaves_exits_and_exceptions_to_the_script(
+    tmp_path: Path, body: str, code: int, says: str
+) -> None:
+    file = tmp_path / "script.py"
+    file.write_text(body)
+    done = command("run", str(file), cwd=tmp_path)
+    assert done.returncode == code
+    assert says in done.stderr
+
+
+def test_run_names_what_is_missing(tmp_path: Path) -> None:
+    for args in ((), ("absent.py",)):
+        done = command("run", *args, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+# --- install --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stock() -> Iterator[type]:
+    yield llama_cpp.llama.Llama
+    llama_mtp.uninstall()
+
+
+def test_install_twice_is_install_once_and_uninstall_restores(stock: type) -> None:
+    llama_mtp.install()
+    llama_mtp.install()
+    assert llama_cpp.Llama is llama_cpp.llama.Llama is llama_mtp.Llama
+    llama_mtp.uninstall()
+    assert llama_cpp.Llama is llama_cpp.llama.Llama is stock
+    llama_mtp.uninstall()
+    assert llama_cpp.Llama is stock
+
+
+# --- the other commands ---------------------------------------------------------------------------
+
+
+def test_help_lists_the_finished_commands_only() -> None:
+    text = CliRunner().invoke(cli.app, ["--help"]).output
+    for name in ("run", "demo", "bench", "inspect", "doctor", "plugins"):
+        assert name in text
+    assert "graft" not in text
+
+
+def test_plugins_and_doctor_know_the_built_in_type(tmp_path: Path) -> None:
+    for name in ("plugins", "doctor"):
+        done = command(name, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "draft-mtp" in done.stdout
+
+
+def test_inspect_of_something_else_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "not.gguf"
+    file.write_bytes(b"PK\x03\x04" + bytes(64))
+    done = command("inspect", str(file), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bench_has_the_nine_classes() -> None:
+    assert list(PROMPTS) == [
+        "code_python",
+        "code_cpp",
+        "explain_concept",
+        "summarize",
+        "qa_factual",
+        "translation",
+        "creative_short",
+        "stepwise_math",
+        "long_code_review",
+    ]
+
+
+def test_a_pair_is_judged_by_its_medians_and_all_its_tokens() -> None:
+    def run(seconds: float, *tokens: int) -> Run:
+        return Run(tokens, 0.1, seconds)
+
+    plain = tuple(run(2.0, 1, 2, 3) for _ in range(3))
+    pair = Pair("x", plain, (run(1.0, 1, 2, 3), run(9.0, 1, 2, 3), run(1.0, 1, 2, 3)), 6, 3)
+    assert (pair.plain_rate, pair.mtp_rate, pair.ratio) == (1.0, 2.0, 2.0)
+    assert pair.same_tokens
+    assert not Pair("x", plain, (run(1.0, 1, 2, 4),) * 3, 6, 3).same_tokens
+
+
+def test_bench_measures_any_file(model: ModelFactory, tmp_path: Path) -> None:
+    options = ("--max-tokens", "24", "--repeats", "1", "--no-adaptive", "--threads", "1")
+    done = command("bench", str(model("hy_v3").path), *options, cwd=tmp_path, COLUMNS="160")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in PROMPTS:
+        assert re.search(rf"{name}.* yes ", done.stdout)
+    assert "9 of 9 prompts" in done.stdout
+    assert re.search(r"added memory +[+-][0-9.]+ MiB", done.stdout)
+    assert re.search(r"outside decode +[0-9.]+ µs native, [0-9.]+ µs Python", done.stdout)
+
+
+# --- demo -----------------------------------------------------------------------------------------
+
+
+def test_demo_without_its_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LlamaMtpError, match=r"pip install 'llama-mtp\[demo\]'"):
+        demo_run.base_model()
+
+
+def test_demo_cache_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLAMA_MTP_CACHE", str(tmp_path))
+    assert demo_run.cache_dir() == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("ratio", "tokens_a_round", "gave_up", "rates", "says"),
+    [
+        (0.98, 1.0, True, (50.0, 40.0), "fell to 0"),
+        (1.3, 1.4, True, (50.0, 40.0), "fell to 0"),
+        (1.0, 1.4, False, (50.0, 40.0), "does not pay"),
+        (1.7, 1.4, False, (50.0, 40.0), "too busy"),
+        (1.2, 1.4, False, (50.0, 60.0), "no gain"),
+        (1.2, 1.4, False, (50.0, 40.0), "1.20 times"),
+    ],
+)
+def test_demo_claims_no_gain_that_is_not_there(
+    ratio: float, tokens_a_round: float, gave_up: bool, rates: tuple[float, float], says: str
+) -> None:
+    assert says in demo_run.verdict(ratio, tokens_a_round, gave_up, *rates)
+
+
+# --- examples -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "says"),
+    [
+        ((sys.executable, "basic.py"), "spec_type: draft-mtp"),
+        ((sys.executable, "chat_stream.py"), "mean acceptance length"),
+        ((sys.executable, "unedited_script.py"), "class llama_cpp.llama.Llama"),
+        ((COMMAND, "run", "unedited_script.py"), "class llama_mtp.llama.Llama"),
+    ],
+)
+def test_examples_run_as_they_stand(
+    model: ModelFactory, before: tuple[str, ...], says: str
+) -> None:
+    done = subprocess.run(
+        [*before, model("mimo2").path],
+        cwd=ROOT / "examples",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
+
+
+# --- what the README promises ---------------------------------------------------------------------
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    ending = "&& .venv/bin/pytest"
+    assert sum(line.endswith(ending) for line in lines) == 1
+    assert "grep -E '&& \\.venv/bin/pytest$' README.md" in (ROOT / ".ci/run").read_text()
+
+
+def test_readme_names_every_family_that_runs() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("## Which families work") : text.index("Not yet:")]
+    runs = {
+        name
+        for name, architecture in ARCHITECTURES.items()
+        if not architecture.shares_kv and architecture.rollback != "checkpoint"
+    }
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(.+?)`", row)} == runs
+
+
+def test_importing_the_package_loads_neither_the_host_nor_the_engine() -> None:
+    code = "import llama_mtp, sys; print([m for m in ('llama_mtp._native',) if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
