@@ -1,4 +1,4 @@
-"""The draft context adds its own KV cache and compute buffer, the target its snapshots, nothing else.
+"""The draft context adds its own KV cache and compute buffer, the target its snapshots, no more.
 
 The sizes are the host's own words, read off its log while it makes the contexts.
 """
