@@ -14,31 +14,26 @@ constexpr int n_top = 10;  // as llama.cpp: p is a softmax over the ten best, no
 
 drafter::drafter(const host_api & api, const mtp_session_params & params)
     : api_(api), params_(params), memory_(api.get_memory(params.draft)), queue_(params.n_batch, params.n_embd),
-      batch_(params.n_batch, params.n_embd), hidden_(params.n_embd), pick_(&drafter::pick_host) {
+      batch_(params.n_batch, params.n_embd), hidden_(params.n_embd), chain_(nullptr, api.sampler_free),
+      pick_(&drafter::pick_host) {
     if (memory_ == nullptr) {
         throw failure(MTP_HOST, "the draft context has no memory");
     }
     api_.set_embeddings_nextn(params_.draft, true, params_.gathers != 0);
     if (params_.confidence == 0) {
-        chain_ = api_.chain_init(api_.chain_default_params());
-        void * greedy = chain_ != nullptr ? api_.init_greedy() : nullptr;
+        chain_.reset(api_.chain_init(api_.chain_default_params()));
+        void * greedy = chain_ ? api_.init_greedy() : nullptr;
         if (greedy != nullptr) {
-            api_.chain_add(chain_, greedy);
-            if (api_.set_sampler(params_.draft, 0, chain_)) {
+            api_.chain_add(chain_.get(), greedy);
+            if (api_.set_sampler(params_.draft, 0, chain_.get())) {
                 pick_ = &drafter::pick_device;
             }
         }
     }
 }
 
-drafter::~drafter() {
-    if (chain_ != nullptr) {
-        api_.sampler_free(chain_);
-    }
-}
-
 void drafter::detach() {
-    if (chain_ != nullptr) {
+    if (chain_) {
         api_.set_sampler(params_.draft, 0, nullptr);
     }
 }

@@ -16,7 +16,6 @@ namespace mtp {
 class drafter {
   public:
     drafter(const host_api & api, const mtp_session_params & params);
-    ~drafter();
     drafter(const drafter &)             = delete;
     drafter & operator=(const drafter &) = delete;
 
@@ -65,7 +64,7 @@ class drafter {
     capture_queue            queue_;
     row_batch                batch_;
     std::vector<float>       hidden_;      // the head's own row for the next step
-    void *                   chain_ = nullptr;
+    std::unique_ptr<void, void (*)(void *)> chain_;
     pick (drafter::*pick_)(int32_t row);   // resolved once: on the device, or on the host with its probability
     int32_t memory_end_ = 0;
     int     failures_   = 0;

@@ -108,8 +108,9 @@ void mtp_session::begin_round(int32_t pos) {
         // Someone decoded without telling (libmtmd): believe the memory, not the bookkeeping.
         require(target.host_end() == pos, "the token's position does not follow the target's memory");
         forget(pos);
+    } else if (pos < target.n_past() || !target.can_truncate(pos)) {
+        truncate(pos);
     }
-    truncate(pos);
 }
 
 std::vector<int32_t> mtp_session::draft(int32_t last, int32_t pos, int32_t depth, float p_min) {

@@ -1,0 +1,92 @@
+// A host that can be checked: a model whose next token is a hash of all tokens before it, a memory that lies about
+// recurrent rollback as the real one does, hidden rows that say which position they come from, and an assert wherever
+// the real libllama would abort the process.
+#pragma once
+
+#include "llama_mtp.h"
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace fake {
+
+constexpr int32_t n_vocab = 97;
+constexpr int32_t n_embd  = 3;
+
+struct options {
+    bool    recurrent     = false;
+    bool    gathers       = false;
+    bool    gaps          = false;
+    bool    confidence    = false;
+    bool    device_picks  = true;  // llama_set_sampler accepts
+    int32_t n_ctx         = 256;
+    int32_t n_batch       = 16;
+    int32_t n_ubatch      = 16;
+    int32_t n_draft_max   = 4;
+    int32_t n_rs_seq      = 4;
+    int32_t n_draft_min   = 0;
+    bool    draft_context = true;
+};
+
+// One context. `start` is the position of tokens[0]: a draft context may begin late.
+struct context {
+    int32_t              start = 0;
+    std::vector<int32_t> tokens;
+    int32_t              undo     = 0;     // recurrent: what can really be taken back
+    bool                 poisoned = false; // recurrent: rolled back further than the snapshots reach
+    std::vector<bool>    outputs;          // of the last batch
+    std::vector<int32_t> batch_pos;
+    std::vector<float>   rows;             // hidden rows of the last batch
+    int                  n_decodes = 0;
+    int                  n_rows    = 0;
+    int                  n_seq_rm  = 0;
+    void *               sampler   = nullptr;
+
+    int32_t end() const { return start + static_cast<int32_t>(tokens.size()); }
+};
+
+class host {
+  public:
+    explicit host(const options & o);
+    ~host();
+
+    // The text that plain decoding gives after a prompt, prompt included, n tokens in all.
+    static std::vector<int32_t> plain_text(const std::vector<int32_t> & prompt, int32_t n);
+
+    mtp_session * open();
+    // What the stock class does: decode in batches, tell the session after each.
+    void eval(mtp_session * session, const std::vector<int32_t> & tokens, int32_t pos);
+    void decode_only(const std::vector<int32_t> & tokens, int32_t pos);
+    mtp_session_params params();
+
+    static mtp_host_api    api();
+    static mtp_host_layout layout();
+
+    options              opt;
+    context              target, draft;
+    std::vector<int32_t> truth;     // the text by position: what a right draft proposes
+    std::vector<bool>    wrong;     // [position] the draft for it is wrong
+    int                  n_samples      = 0;
+    int                  n_mispaired    = 0;  // a hidden row that is not the target's of the position before
+    int                  n_unknown_rows = 0;  // zero rows after the start of the text
+    int                  n_chains_alive = 0;
+
+    // The k-th call from now of a function fails in its own way, or throws.
+    std::map<std::string, int> fail_in;
+    bool                       throws = false;
+    bool                       fails(const char * name);
+};
+
+extern host * current;  // the api has no user data; one fake lives at a time
+
+}  // namespace fake
+
+#define CHECK(cond)                                                                                  \
+    do {                                                                                             \
+        if (!(cond)) {                                                                               \
+            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                          \
+            std::abort();                                                                            \
+        }                                                                                            \
+    } while (0)

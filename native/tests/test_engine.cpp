@@ -1,0 +1,591 @@
+// The engine against the fake host: same tokens whatever the drafts, right hidden rows, counted decodes, and no call
+// of the host whose failure changes the text.
+
+#include "fake_host.hpp"
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <thread>
+
+using fake::host;
+using fake::options;
+
+namespace {
+
+void * const sampler = reinterpret_cast<void *>(8);
+
+std::vector<int32_t> prompt_of(int32_t n, uint32_t seed = 1) {
+    std::mt19937         rng(seed);
+    std::vector<int32_t> prompt(n);
+    for (auto & t : prompt) {
+        t = static_cast<int32_t>(rng() % fake::n_vocab);
+    }
+    return prompt;
+}
+
+// A generation in the way of the Python package: the text by position, one next() per token.
+struct generation {
+    host &               h;
+    mtp_session *        s;
+    std::vector<int32_t> text;
+    int32_t              depth;
+    mtp_step             step{};
+
+    generation(host & fake, mtp_session * session, const std::vector<int32_t> & prompt, int32_t n_draft, int32_t n)
+        : h(fake), s(session), text(prompt), depth(n_draft) {
+        h.truth = host::plain_text(prompt, n);
+        CHECK(mtp_truncate(s, 0) == MTP_OK);
+        h.eval(s, prompt, 0);
+        text.push_back(h.truth[prompt.size()]);  // the caller samples the prompt's last row itself
+    }
+
+    int try_next(float p_min = 0.0f) {
+        const int32_t pos    = static_cast<int32_t>(text.size()) - 1;
+        const int     status = mtp_next(s, sampler, text.back(), pos, depth, p_min, &step);
+        if (status == MTP_OK) {
+            text.push_back(step.token);
+        }
+        return status;
+    }
+
+    void run(int32_t n, float p_min = 0.0f) {
+        while (static_cast<int32_t>(text.size()) < n) {
+            CHECK(try_next(p_min) == MTP_OK);
+            CHECK(text.back() == h.truth[text.size() - 1]);
+        }
+    }
+};
+
+std::vector<options> kinds() {
+    std::vector<options> all;
+    for (int i = 0; i < 8; ++i) {
+        options o;
+        o.recurrent = (i & 1) != 0;
+        o.gathers   = (i & 2) != 0;
+        o.confidence = (i & 4) != 0;
+        all.push_back(o);
+    }
+    all.push_back([] { options o; o.device_picks = false; return o; }());
+    return all;
+}
+
+void every_depth_and_accept_count_gives_the_plain_text() {
+    for (const auto & o : kinds()) {
+        for (int32_t depth = 0; depth <= o.n_draft_max; ++depth) {
+            for (int32_t accepted = 0; accepted <= depth; ++accepted) {
+                host          h(o);
+                mtp_session * s = h.open();
+                generation    g(h, s, prompt_of(7), depth, 200);
+                // Each round accepts exactly `accepted`: the draft after those is wrong.
+                h.wrong.assign(h.truth.size() + 8, false);
+                for (size_t p = 8; p < h.wrong.size(); ++p) {
+                    h.wrong[p] = accepted < depth && (p - 8) % (accepted + 1) == static_cast<size_t>(accepted);
+                }
+                g.run(150);
+                CHECK(h.n_mispaired == 0 && h.n_unknown_rows == 0);
+                mtp_counters c{};
+                CHECK(mtp_settle(s) == MTP_OK);
+                mtp_session_counters(s, &c);
+                CHECK(c.n_target_decodes == c.n_rounds);
+                if (depth > 0) {
+                    CHECK(c.n_draft_decodes == c.n_rounds * depth);  // catch-up rides on the first step
+                } else {
+                    CHECK(c.n_draft_decodes == 149 / o.n_batch);  // only when n_batch rows wait
+                }
+                CHECK(c.n_sampled == 142 && h.n_samples == 142);
+                if (depth > 0) {
+                    CHECK(c.n_drafted == c.n_rounds * depth);
+                }
+                mtp_session_close(s, 1);
+                CHECK(h.n_chains_alive == 0);
+            }
+        }
+    }
+}
+
+void a_round_rolls_back_once() {
+    for (bool recurrent : { false, true }) {
+        options o;
+        o.recurrent = recurrent;
+        host          h(o);
+        mtp_session * s = h.open();
+        generation    g(h, s, prompt_of(5), 3, 100);
+        h.wrong.assign(120, true);
+        const int before = h.target.n_seq_rm;
+        g.run(26);
+        mtp_counters c{};
+        mtp_session_counters(s, &c);
+        CHECK(h.target.n_seq_rm - before == c.n_rounds);  // the last round is not settled yet
+        // In the middle of a round, further back than the sampled rows: still one removal.
+        const int32_t end = mtp_n_past(s);
+        const int     now = h.target.n_seq_rm;
+        CHECK(mtp_can_truncate(s, end) == 1);
+        CHECK(mtp_truncate(s, end) == MTP_OK);
+        CHECK(h.target.n_seq_rm == now + 1);
+        mtp_session_close(s, 1);
+    }
+}
+
+void a_recurrent_state_is_never_believed() {
+    options o;
+    o.recurrent = true;
+    for (int32_t plain = 0; plain <= 5; ++plain) {
+        for (int32_t back = 1; back <= 6; ++back) {
+            host          h(o);
+            mtp_session * s = h.open();
+            generation    g(h, s, prompt_of(12), 0, 100);
+            for (int32_t i = 0; i < plain; ++i) {
+                CHECK(g.try_next() == MTP_OK);
+            }
+            const int32_t end  = mtp_n_past(s);
+            const int32_t to   = end - back;
+            const bool    can  = mtp_can_truncate(s, to) == 1;
+            CHECK(can == (plain == 0 && back <= o.n_rs_seq));
+            CHECK(mtp_truncate(s, to) == (can ? MTP_OK : MTP_ROLLBACK));
+            CHECK(mtp_n_past(s) == (can ? to : end));
+            CHECK(!h.target.poisoned);
+            if (can) {
+                CHECK(mtp_can_truncate(s, to - 1) == 0);  // single use until the next decode
+            }
+            mtp_session_close(s, 1);
+        }
+    }
+}
+
+void long_prompts_are_fed_in_batches() {
+    for (int32_t n : { 1, 15, 16, 17, 32, 33, 100 }) {
+        for (const auto & o : kinds()) {
+            host          h(o);
+            mtp_session * s = h.open();
+            generation    g(h, s, prompt_of(n), 3, 180);
+            g.run(n + 40);
+            CHECK(h.n_mispaired == 0 && h.n_unknown_rows == 0);
+            CHECK(h.draft.start == 0);
+            CHECK(g.step.n_accepted == g.step.n_sampled - (g.step.n_sampled > g.step.n_drafted ? 1 : 0));
+            mtp_session_close(s, 1);
+        }
+    }
+}
+
+void a_long_stretch_without_drafts_is_caught_up() {
+    host          h(options{});
+    mtp_session * s = h.open();
+    generation    g(h, s, prompt_of(3), 0, 250);
+    g.run(120);
+    g.depth = 4;
+    g.run(200);
+    CHECK(h.n_mispaired == 0 && h.n_unknown_rows == 0);
+    CHECK(g.step.n_accepted >= g.step.n_sampled - 1);
+    mtp_session_close(s, 1);
+}
+
+void the_end_of_the_context_is_reached_and_not_passed() {
+    for (bool recurrent : { false, true }) {
+        options o;
+        o.n_ctx     = 40;
+        o.recurrent = recurrent;
+        host          h(o);
+        mtp_session * s = h.open();
+        generation    g(h, s, prompt_of(5), 4, 60);
+        g.run(41);  // the last token stands on the edge and is not decoded
+        CHECK(h.target.end() <= 40);
+        CHECK(g.try_next() == MTP_INVALID);
+        mtp_session_close(s, 1);
+    }
+}
+
+void gaps_restart_the_draft_context_or_are_kept() {
+    for (bool gaps : { false, true }) {
+        options o;
+        o.gaps = gaps;
+        host          h(o);
+        mtp_session * s      = h.open();
+        const auto    prompt = prompt_of(30);
+        h.truth              = host::plain_text(prompt, 120);
+        h.eval(s, { prompt.begin(), prompt.begin() + 10 }, 0);
+        h.decode_only({ prompt.begin() + 10, prompt.begin() + 20 }, 10);  // an image: nobody tells
+        h.eval(s, { prompt.begin() + 20, prompt.end() }, 20);
+        std::vector<int32_t> text = prompt;
+        text.push_back(h.truth[30]);
+        mtp_step step{};
+        while (text.size() < 80) {
+            CHECK(mtp_next(s, sampler, text.back(), static_cast<int32_t>(text.size()) - 1, 3, 0, &step) == MTP_OK);
+            text.push_back(step.token);
+        }
+        CHECK(std::equal(text.begin(), text.end(), h.truth.begin()));
+        CHECK(h.n_mispaired == 0 && h.n_unknown_rows == 1);
+        CHECK(h.draft.start == (gaps ? 0 : 20));
+        mtp_counters c{};
+        mtp_session_counters(s, &c);
+        CHECK(c.n_draft_restarts == (gaps ? 0 : 1));
+        CHECK(c.n_accepted > 30);
+        mtp_session_close(s, 1);
+    }
+}
+
+void a_replaced_memory_drafts_again() {
+    host          h(options{});
+    mtp_session * s = h.open();
+    generation    g(h, s, prompt_of(9), 3, 200);
+    g.run(30);
+    // Another text is loaded into the target behind our back.
+    const auto other = prompt_of(50, 2);
+    h.target.tokens.assign(other.begin(), other.begin() + 40);
+    h.truth = host::plain_text(other, 200);
+    CHECK(mtp_forget(s, 40) == MTP_OK);
+    CHECK(mtp_align(s, other.data(), 40) == MTP_OK);
+    CHECK(mtp_live_row(s) == -1);
+    h.eval(s, { other.begin() + 40, other.end() }, 40);
+    g.text = other;
+    g.text.push_back(h.truth[50]);
+    g.run(120);
+    CHECK(h.n_mispaired == 0);
+    mtp_session_close(s, 1);
+}
+
+void drafts_from_elsewhere_use_draft_verify_commit() {
+    for (bool with_context : { false, true }) {
+        options o;
+        o.draft_context = with_context;
+        host          h(o);
+        mtp_session * s      = h.open();
+        const auto    prompt = prompt_of(6);
+        h.truth              = host::plain_text(prompt, 100);
+        h.eval(s, prompt, 0);
+        std::vector<int32_t> text = prompt;
+        text.push_back(h.truth[6]);
+        for (int32_t round = 0; text.size() < 60; ++round) {
+            const int32_t        pos = static_cast<int32_t>(text.size()) - 1;
+            std::vector<int32_t> drafts(h.truth.begin() + pos + 1, h.truth.begin() + pos + 4);
+            if (with_context) {
+                int32_t n = -1;
+                CHECK(mtp_draft(s, text.back(), pos, 3, 0, drafts.data(), &n) == MTP_OK && n == 3);
+            }
+            const int32_t right = round % 4;
+            for (int32_t i = right; i < 3; ++i) {
+                drafts[i] = (drafts[i] + 1) % fake::n_vocab;
+            }
+            CHECK(mtp_verify(s, text.back(), pos, drafts.data(), 3) == MTP_OK);
+            CHECK(mtp_commit(s, 9) == MTP_INVALID);
+            CHECK(mtp_commit(s, right + 1) == MTP_OK);
+            for (int32_t i = 0; i <= right; ++i) {
+                text.push_back(h.truth[text.size()]);
+            }
+            CHECK(mtp_n_past(s) == static_cast<int32_t>(text.size()) - 1);
+            CHECK(mtp_live_row(s) == right);
+        }
+        CHECK(h.n_mispaired == 0);
+        mtp_session_close(s, 1);
+    }
+}
+
+void short_drafts_are_dropped() {
+    options o;
+    o.confidence  = true;
+    o.n_draft_min = 2;
+    host          h(o);
+    mtp_session * s = h.open();
+    generation    g(h, s, prompt_of(6), 4, 100);
+    g.run(60, 0.5f);  // every second position is uncertain: no draft is longer than one
+    mtp_counters c{};
+    CHECK(mtp_settle(s) == MTP_OK);
+    mtp_session_counters(s, &c);
+    CHECK(c.n_drafted == 0 && c.n_draft_decodes > 0);
+    CHECK(h.n_mispaired == 0);
+    mtp_session_close(s, 1);
+}
+
+// Every function of the host fails once, at every place of a generation, by its own sign and by an exception.
+void a_failing_host_never_changes_the_text() {
+    const char * names[] = { "decode target", "decode draft", "seq_rm target", "seq_rm draft", "get_logits_ith",
+                             "sampler_sample", "get_sampled_token_ith", "get_embeddings_nextn",
+                             "get_embeddings_nextn_ith" };
+    for (const auto & o : kinds()) {
+        for (const char * name : names) {
+            for (int nth : { 1, 2, 3, 5, 8 }) {
+                for (bool throws : { false, true }) {
+                    host          h(o);
+                    mtp_session * s = h.open();
+                    generation    g(h, s, prompt_of(9), 3, 200);
+                    h.wrong.assign(220, false);
+                    for (size_t p = 0; p < h.wrong.size(); p += 3) {
+                        h.wrong[p] = true;
+                    }
+                    h.throws        = throws;
+                    h.fail_in[name] = nth;
+                    int failures    = 0;
+                    while (g.text.size() < 80) {
+                        const int status = g.try_next();
+                        if (status == MTP_OK) {
+                            continue;
+                        }
+                        ++failures;
+                        CHECK(status == MTP_HOST || status == MTP_EXCEPTION || status == MTP_ROLLBACK);
+                        CHECK(std::string(mtp_session_error(s)).size() > 4);
+                        // What the adapter does: the text so far is evaluated again.
+                        h.target.tokens.clear();
+                        h.target.poisoned = false;
+                        CHECK(mtp_forget(s, 0) == MTP_OK);
+                        h.eval(s, { g.text.begin(), g.text.end() - 1 }, 0);
+                    }
+                    CHECK(failures <= 1);
+                    CHECK(std::equal(g.text.begin(), g.text.end(), h.truth.begin()));
+                    CHECK(h.n_mispaired == 0);
+                    mtp_session_close(s, 1);
+                    CHECK(h.n_chains_alive == 0);
+                }
+            }
+        }
+    }
+}
+
+void opening_can_fail_and_leaks_nothing() {
+    const char * names[] = { "get_memory", "chain_init", "init_greedy", "set_sampler" };
+    for (const char * name : names) {
+        for (int nth : { 1, 2 }) {
+            for (bool throws : { false, true }) {
+                host h(options{});
+                h.throws        = throws;
+                h.fail_in[name] = nth;
+                const auto    a = host::api();
+                const auto    l = host::layout();
+                const auto    p = h.params();
+                mtp_session * s = nullptr;
+                char          text[64];
+                const int     status = mtp_session_open(&a, &l, &p, &s, text, sizeof text);
+                CHECK((status == MTP_OK) == (s != nullptr));
+                h.fail_in.clear();
+                mtp_session_close(s, 1);
+                CHECK(h.n_chains_alive == 0);
+            }
+        }
+    }
+    // A context that was freed before its session: its sampler is not touched.
+    host          h(options{});
+    mtp_session * s = h.open();
+    h.draft.sampler = nullptr;
+    mtp_session_close(s, 0);
+    CHECK(h.n_chains_alive == 0);
+}
+
+void a_draft_context_that_keeps_failing_is_left_alone() {
+    host          h(options{});
+    mtp_session * s = h.open();
+    generation    g(h, s, prompt_of(9), 3, 250);
+    for (int i = 0; i < 40; ++i) {
+        h.fail_in["decode draft"] = 1;
+        CHECK(g.try_next() == MTP_OK);
+    }
+    h.fail_in.clear();
+    const int before = h.draft.n_decodes;
+    g.run(120);
+    CHECK(h.draft.n_decodes == before);
+    CHECK(std::equal(g.text.begin(), g.text.end(), h.truth.begin()));
+    mtp_session_close(s, 1);
+}
+
+void bad_arguments_are_refused_and_change_nothing() {
+    host       h(options{});
+    const auto a = host::api();
+    const auto l = host::layout();
+    const auto p = h.params();
+    mtp_session * s = nullptr;
+    char          text[128];
+    CHECK(mtp_session_open(nullptr, &l, &p, &s, text, sizeof text) == MTP_INVALID);
+    CHECK(mtp_session_open(&a, nullptr, &p, &s, text, sizeof text) == MTP_INVALID);
+    CHECK(mtp_session_open(&a, &l, nullptr, &s, text, sizeof text) == MTP_INVALID);
+    CHECK(mtp_session_open(&a, &l, &p, nullptr, nullptr, 0) == MTP_INVALID);
+    for (auto change : { +[](mtp_session_params & q) { q.target = nullptr; },
+                         +[](mtp_session_params & q) { q.n_vocab = 0; }, +[](mtp_session_params & q) { q.n_ctx = -1; },
+                         +[](mtp_session_params & q) { q.n_embd = 0; },
+                         +[](mtp_session_params & q) { q.n_draft_max = q.n_batch; },
+                         +[](mtp_session_params & q) { q.rollback = 7; },
+                         +[](mtp_session_params & q) { q.rollback = MTP_ROLLBACK_SNAPSHOTS; q.n_rs_seq = 99; } }) {
+        auto q = p;
+        change(q);
+        CHECK(mtp_session_open(&a, &l, &q, &s, text, sizeof text) == MTP_INVALID && s == nullptr && text[0] != 0);
+    }
+    auto missing         = a;
+    missing.llama_decode = nullptr;
+    CHECK(mtp_session_open(&missing, &l, &p, &s, text, sizeof text) == MTP_INVALID);
+    auto moved = l;
+    moved.pos += 8;
+    CHECK(mtp_session_open(&a, &moved, &p, &s, text, sizeof text) == MTP_ABI);
+    auto grown = l;
+    grown.batch_size += 8;
+    CHECK(mtp_session_open(&a, &grown, &p, &s, text, sizeof text) == MTP_ABI);
+
+    s = h.open();
+    generation g(h, s, prompt_of(5), 3, 100);
+    g.run(12);
+    const int32_t end = mtp_n_past(s);
+    mtp_step      step{};
+    int32_t       token = 1, n = 0;
+    CHECK(mtp_next(s, nullptr, 1, end, 3, 0, &step) == MTP_INVALID);
+    CHECK(mtp_next(s, sampler, 1, end, 3, 0, nullptr) == MTP_INVALID);
+    CHECK(mtp_next(s, sampler, 1, end, -1, 0, &step) == MTP_INVALID);
+    CHECK(mtp_next(s, sampler, 1, end + 5, 3, 0, &step) == MTP_INVALID);
+    CHECK(mtp_settle(s) == MTP_OK);
+    CHECK(mtp_next(s, sampler, -1, end, 3, 0, &step) == MTP_INVALID);
+    CHECK(mtp_next(s, sampler, fake::n_vocab, end, 3, 0, &step) == MTP_INVALID);
+    CHECK(mtp_draft(s, 1, end, 3, 0, nullptr, &n) == MTP_INVALID);
+    CHECK(mtp_draft(s, 1, end, 3, 0, &token, nullptr) == MTP_INVALID);
+    CHECK(mtp_verify(s, 1, end, nullptr, 1) == MTP_INVALID);
+    token = fake::n_vocab;
+    CHECK(mtp_verify(s, 1, end, &token, 1) == MTP_INVALID);
+    const std::vector<int32_t> many(9, 1);
+    CHECK(mtp_verify(s, 1, end, many.data(), 9) == MTP_INVALID);
+    CHECK(mtp_sample(s, sampler, &step) == MTP_INVALID);
+    CHECK(mtp_sample(s, sampler, nullptr) == MTP_INVALID);
+    CHECK(mtp_commit(s, 1) == MTP_INVALID);
+    CHECK(mtp_capture(s, nullptr, 1, 0) == MTP_INVALID);
+    CHECK(mtp_capture(s, &token, 0, 0) == MTP_INVALID);
+    CHECK(mtp_capture(s, many.data(), 9, -1) == MTP_INVALID);
+    CHECK(mtp_truncate(s, -1) == MTP_INVALID);
+    CHECK(mtp_truncate(s, end + 1) == MTP_INVALID);
+    CHECK(mtp_forget(s, -1) == MTP_INVALID);
+    CHECK(mtp_align(s, nullptr, 3) == MTP_INVALID);
+    CHECK(mtp_n_past(s) == end);
+    g.run(60);
+    CHECK(h.n_mispaired == 0);
+    mtp_session_close(s, 1);
+
+    CHECK(mtp_settle(nullptr) == MTP_INVALID);
+    CHECK(mtp_live_row(nullptr) == -1 && mtp_n_past(nullptr) == -1 && mtp_n_past_draft(nullptr) == -1);
+    CHECK(mtp_can_truncate(nullptr, 0) == 0);
+    CHECK(std::string(mtp_session_error(nullptr)).size() > 4);
+    mtp_session_counters(nullptr, nullptr);
+    mtp_session_close(nullptr, 1);
+    CHECK(std::string(mtp_version()).size() > 2);
+}
+
+void a_second_thread_is_told_to_wait() {
+    host             h(options{});
+    mtp_session *    s = h.open();
+    generation       g(h, s, prompt_of(5), 3, 250);
+    std::atomic<int> busy{ 0 };
+    std::atomic_bool stop{ false };
+    std::thread      other([&] {
+        while (!stop) {
+            busy += mtp_settle(s) == MTP_BUSY ? 1 : 0;
+            std::this_thread::yield();
+        }
+    });
+    // The other thread may end our rounds between two calls; the text stays what it was.
+    while (g.text.size() < 200) {
+        const int status = g.try_next();
+        CHECK(status == MTP_OK || status == MTP_BUSY);
+    }
+    stop = true;
+    other.join();
+    CHECK(std::equal(g.text.begin(), g.text.end(), h.truth.begin()));
+    CHECK(h.n_mispaired == 0);
+    mtp_session_close(s, 1);
+}
+
+// Random operations against a list of tokens: what the adapter may do, in any order.
+void random_operations(uint32_t seed, int steps) {
+    std::mt19937 rng(seed);
+    const auto   pick = [&](uint32_t n) { return static_cast<int32_t>(rng() % n); };
+    options      o;
+    o.recurrent  = pick(2) != 0;
+    o.gathers    = pick(2) != 0;
+    o.gaps       = pick(2) != 0;
+    o.confidence = pick(2) != 0;
+    o.n_batch    = 6 + pick(20);
+    o.n_ubatch   = o.n_batch;
+    o.n_ctx      = 60 + pick(200);
+    host                 h(o);
+    mtp_session *        s = h.open();
+    std::vector<int32_t> text;  // its last token is not evaluated
+    const auto           restart = [&](int32_t n) {
+        text = prompt_of(n, rng());
+        CHECK(mtp_truncate(s, 0) == MTP_OK);
+        h.truth = host::plain_text(text, o.n_ctx + 2);
+        h.eval(s, text, 0);
+        text.push_back(h.truth[n]);
+    };
+    restart(5);
+    for (int i = 0; i < steps; ++i) {
+        const int32_t pos = static_cast<int32_t>(text.size()) - 1;
+        if (pos + 2 >= o.n_ctx) {
+            restart(1 + pick(40));
+            continue;
+        }
+        h.wrong.assign(o.n_ctx + 16, false);
+        for (int32_t p = 0; p < o.n_ctx; ++p) {
+            h.wrong[p] = ((p * 7 + static_cast<int32_t>(seed)) % 5) < 2;
+        }
+        switch (pick(12)) {
+            case 0: CHECK(mtp_settle(s) == MTP_OK); break;
+            case 1: restart(1 + pick(40)); break;
+            case 2: {  // resend a prefix, as a chat with a changed last turn does
+                const int32_t keep = pick(pos + 1);
+                if (keep > 0 && mtp_can_truncate(s, keep)) {
+                    CHECK(mtp_truncate(s, keep) == MTP_OK);
+                    text.resize(keep + 1);
+                    h.truth = host::plain_text(text, o.n_ctx + 2);
+                } else if (mtp_can_truncate(s, keep) == 0) {
+                    CHECK(mtp_truncate(s, keep) == MTP_ROLLBACK);
+                }
+                break;
+            }
+            case 3: {  // evaluate the next few tokens outside a round
+                const int32_t n = std::min(1 + pick(4), o.n_ctx - pos - 2);
+                CHECK(mtp_settle(s) == MTP_OK);
+                h.eval(s, { h.truth.begin() + pos, h.truth.begin() + pos + n }, pos);
+                text.assign(h.truth.begin(), h.truth.begin() + pos + n + 1);
+                break;
+            }
+            default: {
+                mtp_step step{};
+                CHECK(mtp_next(s, sampler, text.back(), pos, pick(o.n_draft_max + 2), pick(2) * 0.3f, &step) == MTP_OK);
+                text.push_back(step.token);
+            }
+        }
+        CHECK(std::equal(text.begin(), text.end(), h.truth.begin()));
+        CHECK(!h.target.poisoned && h.n_mispaired == 0);
+        CHECK(mtp_n_past(s) == static_cast<int32_t>(text.size()) - 1);
+    }
+    mtp_session_close(s, 1);
+}
+
+void random_operations_keep_the_text() {
+    for (uint32_t seed = 1; seed <= 200; ++seed) {
+        random_operations(seed, 500);
+    }
+}
+
+}  // namespace
+
+int main() {
+    int        n   = 0;
+    const auto run = [&](const char * name, void (*test)()) {
+        std::printf("%s\n", name);
+        std::fflush(stdout);
+        test();
+        ++n;
+    };
+#define RUN(test) run(#test, test)
+    RUN(every_depth_and_accept_count_gives_the_plain_text);
+    RUN(a_round_rolls_back_once);
+    RUN(a_recurrent_state_is_never_believed);
+    RUN(long_prompts_are_fed_in_batches);
+    RUN(a_long_stretch_without_drafts_is_caught_up);
+    RUN(the_end_of_the_context_is_reached_and_not_passed);
+    RUN(gaps_restart_the_draft_context_or_are_kept);
+    RUN(a_replaced_memory_drafts_again);
+    RUN(drafts_from_elsewhere_use_draft_verify_commit);
+    RUN(short_drafts_are_dropped);
+    RUN(a_failing_host_never_changes_the_text);
+    RUN(opening_can_fail_and_leaks_nothing);
+    RUN(a_draft_context_that_keeps_failing_is_left_alone);
+    RUN(bad_arguments_are_refused_and_change_nothing);
+    RUN(a_second_thread_is_told_to_wait);
+    RUN(random_operations_keep_the_text);
+    std::printf("%d passed, 0 failed\n", n);
+    return 0;
+}
