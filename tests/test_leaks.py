@@ -1,4 +1,4 @@
-"""Objects give back what they took: measured in a process of its own, and a planted leak is caught."""
+"""Objects give back what they took, measured in a process of its own; a planted leak is caught."""
 
 from __future__ import annotations
 

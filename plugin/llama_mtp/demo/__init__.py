@@ -1,1 +1,1 @@
-"""The demo model: SmolLM2-135M-Instruct joined with a NextN head trained for it."""
+"""The demo model: SmolLM2-135M-Instruct joined with a NextN head that was trained for it."""

@@ -44,6 +44,9 @@ TYPES: dict[str, tuple[GGMLQuantizationType | None, LlamaFileType | None]] = {
     "Q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
 
+# The head takes on only types that lose nothing: as Q4_0 it would draft much worse.
+_WIDE = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+
 _HEAD_TENSORS = (
     "nextn.eh_proj",
     "nextn.enorm",
@@ -99,9 +102,10 @@ def join_smollm2(
 
     ``base_gguf`` is a ``llama``-architecture GGUF of SmolLM2, ``head_gguf`` a file written by
     ``examples/train_head/export.py``. ``type`` is the storage type of the matrices (one of
-    :data:`TYPES`); norms stay F32 and the embedding table, which is only looked up, keeps its
-    own type. ``progress(done, total)`` is called with bytes written so far. One tensor is in
-    memory at a time, and ``out`` appears only when it is complete.
+    :data:`TYPES`); norms stay F32, the embedding table, which is only looked up, keeps its own
+    type, and so does the head unless ``type`` is a float type. ``progress(done, total)`` is called
+    with bytes written so far. One tensor is in memory at a time, and ``out`` appears only when it
+    is complete.
 
     Raises :class:`~llama_mtp.errors.ModelFileError` when a file cannot be read, is not what it
     should be, or when the head was trained for another model; :class:`ValueError` for an unknown
@@ -232,7 +236,7 @@ def _plan(
             yield _Tensor(source.name, source, kind, heads.get(part, 0))
     for source in head.tensors:
         matrix = len(source.shape) > 1
-        kind = target if matrix and target is not None else source.tensor_type
+        kind = target if matrix and target in _WIDE else source.tensor_type
         yield _Tensor(source.name, source, kind)
 
 
