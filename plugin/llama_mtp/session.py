@@ -76,6 +76,7 @@ class Session:
         self._drafter: Drafter | None = plan.spec.factory and plan.spec.factory(self._settings)
         self._hooks = plugin_manager().hook
         self._ask_depth = bool(self._hooks.mtp_choose_depth.get_hookimpls())
+        self._observed = bool(self._hooks.mtp_round_finished.get_hookimpls())
         self._told = False
         self._observer_failed = False
         self._step = ffi.new("struct mtp_step *")
@@ -91,8 +92,6 @@ class Session:
 
     def _tell(self, hook: Any, **record: Any) -> None:
         """Call an observer. A plugin that raises is reported once and costs nobody a token."""
-        if not hook.get_hookimpls():
-            return
         try:
             hook(**record)
         except Exception:
@@ -233,12 +232,13 @@ class Session:
         if self.policy.dropped and not self._told:
             self._told = True
             logger.warning("drafting does not pay here and is off. %s", self.policy.explain())
-        self._tell(
-            self._hooks.mtp_round_finished,
-            verdict=Verdict(
-                step.n_drafted, step.n_accepted, step.n_sampled, step.target_ns, step.draft_ns
-            ),
-        )
+        if self._observed:
+            self._tell(
+                self._hooks.mtp_round_finished,
+                verdict=Verdict(
+                    step.n_drafted, step.n_accepted, step.n_sampled, step.target_ns, step.draft_ns
+                ),
+            )
 
     def begin_generation(self, context: npt.NDArray[np.intc]) -> None:
         """Start counting a generation, and cut the draft context to what ``context`` says."""
