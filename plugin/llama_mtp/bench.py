@@ -189,10 +189,10 @@ def quiet_host() -> Iterator[None]:
 
 def show_pairs(console: Console, pairs: Iterable[Pair]) -> list[Pair]:
     """Print the pairs as they come in; returns them."""
-    table = Table("prompt", "tokens", "drafted", "accepted", "rate")
+    table = Table("prompt", "tokens", "accepted")
     for heading in ("plain tok/s", "MTP tok/s", "ratio"):
         table.add_column(heading, justify="right")
-    table.add_column("same tokens")
+    table.add_column("same")
     done: list[Pair] = []
     with Live(table, console=console, auto_refresh=False) as live:
         for pair in pairs:
@@ -200,9 +200,7 @@ def show_pairs(console: Console, pairs: Iterable[Pair]) -> list[Pair]:
             table.add_row(
                 pair.name,
                 str(sum(len(run.tokens) for run in pair.mtp)),
-                str(pair.drafted),
-                str(pair.accepted),
-                f"{pair.accepted / pair.drafted:.2f}" if pair.drafted else "-",
+                f"{pair.accepted} of {pair.drafted}",
                 f"{pair.plain_rate:.1f}",
                 f"{pair.mtp_rate:.1f}",
                 f"{pair.ratio:.2f}",
@@ -241,10 +239,52 @@ def show_summary(console: Console, pairs: Sequence[Pair], mtp: Llama, added_memo
     console.print(grid)
 
 
+def show_partings(
+    console: Console,
+    plain: Llama,
+    mtp: Llama,
+    prompts: Mapping[str, str],
+    pairs: Sequence[Pair],
+    max_tokens: int,
+) -> None:
+    """Where texts parted, say whether the host's own rounding is the cause: the two-part check.
+
+    It runs at the full depth, where batches are largest, whatever depth the policy has reached.
+    """
+    from .depth import DepthPolicy
+    from .identity import check_identity
+
+    session = mtp._session
+    if session is None or all(pair.same_tokens for pair in pairs):
+        return
+    policy, session.policy = session.policy, DepthPolicy(mtp.spec_depth, adaptive=False)
+
+    for pair in pairs:
+        if pair.same_tokens:
+            continue
+        prompt = chat_tokens(plain, prompts[pair.name])
+        report = check_identity(
+            plain, mtp, prompt, max_tokens, max_batch=1 + mtp.spec_depth, quiet=True, temp=0.0
+        )
+        for parting in report.divergences:
+            console.print(f"{pair.name}: {parting}", highlight=False)
+        if not report.divergences:
+            console.print(f"{pair.name}: did not part again", highlight=False)
+    session.policy = policy
+    console.print(
+        "A parting is legal where the host itself gives a row other last bits in a batch than "
+        "alone, by as much, and its own sampler then picks the same token.",
+        highlight=False,
+    )
+
+
 def run_bench(
     console: Console, path: Path, *, max_tokens: int, repeats: int, **options: Any
 ) -> None:
     """Print the nine prompt classes and the summary for the GGUF at `path`."""
     with open_pair(path, verbose=False, **options) as (plain, mtp, added_memory):
-        pairs = compare(plain, mtp, PROMPTS, max_tokens=max_tokens, repeats=repeats)
-        show_summary(console, show_pairs(console, pairs), mtp, added_memory)
+        pairs = show_pairs(
+            console, compare(plain, mtp, PROMPTS, max_tokens=max_tokens, repeats=repeats)
+        )
+        show_summary(console, pairs, mtp, added_memory)
+        show_partings(console, plain, mtp, PROMPTS, pairs, max_tokens)

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the helpers beside the oth
 
 import llama_cpp
 import models
-from identity import IdentityReport, check_identity
 from llama_cpp import Llama as StockLlama
 from llama_cpp import llama_supports_gpu_offload
 from rich.console import Console
@@ -24,6 +23,7 @@ from llama_mtp import Llama
 from llama_mtp.bench import chat_tokens, run_bench
 from llama_mtp.doctor import findings
 from llama_mtp.gguf_tools.inspect import check_head
+from llama_mtp.identity import IdentityReport, check_identity
 
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temp": 0.0},

@@ -14,7 +14,15 @@ import platformdirs
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from ..bench import chat_tokens, compare, generate, open_pair, show_pairs, show_summary
+from ..bench import (
+    chat_tokens,
+    compare,
+    generate,
+    open_pair,
+    show_pairs,
+    show_partings,
+    show_summary,
+)
 from ..errors import LlamaMtpError
 from .join import TYPES, join_smollm2
 
@@ -115,6 +123,7 @@ def run_demo(
             console.print()
         pairs = show_pairs(console, compare(plain, mtp, prompts, max_tokens=max_tokens, repeats=3))
         show_summary(console, pairs, mtp, added_memory)
+        show_partings(console, plain, mtp, prompts, pairs, max_tokens)
         ratio = median(pair.ratio for pair in pairs)
         tokens_a_round = mtp.spec_stats.mean_acceptance_length
         gave_up = mtp._session is not None and mtp._session.policy.dropped

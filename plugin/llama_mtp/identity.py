@@ -1,4 +1,4 @@
-"""Same seed, same tokens: the check in two parts that every identity test goes through.
+"""Same seed, same tokens: the check in two parts that every claim of identity goes through.
 
 Ours and a freshly cleared stock object generate side by side. Where they part, the last bits of the
 logits must be the cause, and nothing else:
@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
+
+from .host import C, logits_row
 
 Row = npt.NDArray[np.float32]
 
@@ -92,6 +93,8 @@ def check_identity(
     n: int,
     seed: int = 1,
     max_batch: int = 8,
+    *,
+    quiet: bool = False,
     **sampling: Any,
 ) -> IdentityReport:
     """Generate ``n`` tokens with both and compare them by the two-part check.
@@ -109,7 +112,8 @@ def check_identity(
         context += emitted
         if divergence is not None:
             report.divergences.append(divergence)
-            print(divergence)
+            if not quiet:
+                print(divergence)
     return report
 
 
@@ -154,8 +158,7 @@ def _until_divergence(
 
 
 def _row(llama: Any, index: int) -> Row:
-    pointer = llama_cpp.llama_get_logits_ith(llama._ctx.ctx, index)
-    return np.ctypeslib.as_array(pointer, (llama._n_vocab,)).copy()
+    return logits_row(llama._ctx, index, llama._n_vocab)
 
 
 def _host_noise(
@@ -179,13 +182,13 @@ def _host_noise(
 def _batch_row(stock: Any, tokens: Sequence[int]) -> Row:
     """Decode ``tokens`` in one batch with the logits of every row, as a verify does."""
     n = len(tokens)
-    batch = llama_cpp.llama_batch_init(n, 0, 1)
+    batch = C.llama_batch_init(n, 0, 1)
     batch.n_tokens = n
     for i, token in enumerate(tokens):
         batch.token[i], batch.pos[i] = token, stock.n_tokens + i
         batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, 1
-    status = llama_cpp.llama_decode(stock._ctx.ctx, batch)
-    llama_cpp.llama_batch_free(batch)
+    status = C.llama_decode(stock._ctx.ctx, batch)
+    C.llama_batch_free(batch)
     assert status == 0
     stock.n_tokens += n
     return _row(stock, n - 1)
@@ -193,9 +196,9 @@ def _batch_row(stock: Any, tokens: Sequence[int]) -> Row:
 
 def _pick(sampler: Any, row: Row) -> int:
     """Return what ``sampler`` chooses from ``row``."""
-    data = (llama_cpp.llama_token_data * len(row))()
+    data = (C.llama_token_data * len(row))()
     for i, logit in enumerate(row):
-        data[i] = llama_cpp.llama_token_data(i, float(logit), 0.0)
-    array = llama_cpp.llama_token_data_array(data=data, size=len(row), selected=-1, sorted=False)
-    llama_cpp.llama_sampler_apply(sampler.sampler, ctypes.byref(array))
+        data[i] = C.llama_token_data(i, float(logit), 0.0)
+    array = C.llama_token_data_array(data=data, size=len(row), selected=-1, sorted=False)
+    C.llama_sampler_apply(sampler.sampler, ctypes.byref(array))
     return int(array.data[array.selected].id)
