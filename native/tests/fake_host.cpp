@@ -45,32 +45,60 @@ bool is_target(const context & c) {
     return &c == &current->target;
 }
 
-// Row of position p: where it is and what stood there, or a mark that the head made it.
-void write_row(context & c, float * row, int32_t pos, int32_t token) {
+// What a hidden row knows: its position, everything that was read up to there, and who made it.
+float digest(const context & c, int32_t pos) {
+    uint32_t h = 5381u;
+    for (int32_t i = 0; i <= pos - c.start; ++i) {
+        h = h * 33u ^ static_cast<uint32_t>(c.tokens[i]);
+    }
+    return static_cast<float>(h % 65521u);  // exact in a float
+}
+
+void write_row(context & c, float * row, int32_t pos) {
     row[0] = static_cast<float>(pos + 1);
-    row[1] = static_cast<float>(token);
+    row[1] = digest(c, pos);
     row[2] = is_target(c) ? 1.0f : 2.0f;
 }
 
-void check_draft_row(int32_t token, const float * embd, int32_t pos) {
-    (void) token;
-    const bool unknown = embd[0] == 0 && embd[1] == 0 && embd[2] == 0;
-    if (unknown) {
-
+// A row of the draft context: the token of the text at pos with the target's row of the position before; only beyond
+// the target's end may it be the head's own proposal with the head's own row. True when it is of the latter kind.
+bool check_draft_row(const context & d, int32_t token, const float * embd, int32_t pos) {
+    const context & t   = current->target;
+    const bool      own = embd[2] == 2.0f;
+    bool            right;
+    if (embd[0] == 0 && embd[1] == 0 && embd[2] == 0) {
         current->n_unknown_rows += pos > 0 ? 1 : 0;
-        return;
+        right = pos <= t.end();
+    } else if (own) {
+        right = pos > t.end() && embd[0] == static_cast<float>(pos) && embd[1] == digest(d, pos - 1);
+    } else {
+        right = pos <= t.end() && embd[0] == static_cast<float>(pos) && embd[1] == digest(t, pos - 1);
     }
-    const context & t     = current->target;
-    const bool      own   = embd[2] == 2.0f;  // fed back by the head itself: position must still be the one before
-    const bool      right = embd[0] == static_cast<float>(pos) &&
-                       (own || pos - 1 >= t.end() || embd[1] == static_cast<float>(t.tokens[pos - 1]));
+    if (pos < t.end()) {
+        right = right && token == t.tokens[pos];
+    }
     current->n_mispaired += right ? 0 : 1;
+    return own;
+}
+
+// The draft memory before a decode: the target's text, and nothing that the head once proposed.
+void check_draft_memory(const context & d) {
+    const context & t = current->target;
+    for (int32_t p = d.start; p < std::min(d.end(), t.end()); ++p) {
+        const int32_t token = d.tokens[p - d.start];
+        const bool    stale = d.own[p - d.start] || (token != -1 && token != t.tokens[p]);
+        current->n_stale_cells += stale ? 1 : 0;
+    }
 }
 
 int32_t decode(void * ctx, batch b) {
     context & c = of(ctx);
     if (current->fails(is_target(c) ? "decode target" : "decode draft")) {
         return -3;
+    }
+    const bool late = current->fails(is_target(c) ? "compute target" : "compute draft");  // rows stay in the memory
+    if (!is_target(c)) {
+        check_draft_memory(c);
     }
     CHECK(b.n_tokens > 0 && b.n_tokens <= current->opt.n_batch);
     CHECK((b.embd != nullptr) == !is_target(c));
@@ -90,26 +118,30 @@ int32_t decode(void * ctx, batch b) {
         } else if (current->opt.gaps && !is_target(c)) {
             CHECK(b.pos[i] >= c.end());  // M-RoPE: may jump
             c.tokens.resize(b.pos[i] - c.start, -1);
+            c.own.resize(b.pos[i] - c.start, false);
         }
-        CHECK(b.pos[i] == c.end());  // llama-batch.cpp: consecutive
-        if (!is_target(c)) {
-            check_draft_row(b.token[i], b.embd + static_cast<size_t>(i) * n_embd, b.pos[i]);
+        if (b.pos[i] != c.end()) {
+            CHECK(i == 0 && current->lenient);  // llama-batch.cpp: consecutive, else the batch is refused
+            return -1;
         }
+        const bool own = !is_target(c) && check_draft_row(c, b.token[i], b.embd + static_cast<size_t>(i) * n_embd, b.pos[i]);
         c.tokens.push_back(b.token[i]);
+        c.own.push_back(own);
         c.outputs[i] = b.logits[i] != 0;
         n_outputs += c.outputs[i] ? 1 : 0;
         // A gathering graph publishes hidden rows of outputs only, from row 0.
         const bool masked = !is_target(c) && current->opt.gathers;
         if (!masked || c.outputs[i]) {
-            write_row(c, &c.rows[static_cast<size_t>(masked ? row++ : i) * n_embd], b.pos[i], b.token[i]);
+            write_row(c, &c.rows[static_cast<size_t>(masked ? row++ : i) * n_embd], b.pos[i]);
         }
     }
     CHECK(n_outputs <= (is_target(c) ? 1 + current->opt.n_draft_max : 1));  // llama-context.cpp: n_outputs_max
     const int32_t tail = b.n_tokens <= current->opt.n_ubatch ? b.n_tokens : 1 + current->opt.n_rs_seq;
     c.undo             = std::min(current->opt.n_rs_seq, tail - 1);
+    c.spent            = false;
     ++c.n_decodes;
     c.n_rows += b.n_tokens;
-    return 0;
+    return late ? -3 : 0;
 }
 
 void synchronize(void *) {}
@@ -121,9 +153,11 @@ void * get_memory(const void * ctx) {
 void memory_clear(void * memory, bool) {
     context & c = of(memory);
     c.tokens.clear();
+    c.own.clear();
     c.start    = 0;
     c.poisoned = false;
     c.undo     = 0;
+    c.spent    = false;
 }
 
 bool seq_rm(void * memory, int32_t seq, int32_t p0, int32_t p1) {
@@ -139,13 +173,15 @@ bool seq_rm(void * memory, int32_t seq, int32_t p0, int32_t p1) {
     }
     if (is_target(c) && current->opt.recurrent && p0 > 0) {
         const int32_t back = c.end() - p0;
-        if (back > current->opt.n_rs_seq) {
+        if (back > current->opt.n_rs_seq || c.spent) {
             return false;
         }
         c.poisoned = c.poisoned || back > c.undo;  // true, with stale content
         c.undo     = 0;
+        c.spent    = true;
     }
     c.tokens.resize(keep);
+    c.own.resize(keep);
     if (keep == 0) {
         c.start = 0;
     }

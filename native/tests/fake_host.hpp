@@ -33,9 +33,11 @@ struct options {
 // One context. `start` is the position of tokens[0]: a draft context may begin late.
 struct context {
     int32_t              start = 0;
-    std::vector<int32_t> tokens;
+    std::vector<int32_t> tokens;           // -1: a gap
+    std::vector<bool>    own;              // draft: made from the head's own row
     int32_t              undo     = 0;     // recurrent: what can really be taken back
     bool                 poisoned = false; // recurrent: rolled back further than the snapshots reach
+    bool                 spent    = false; // recurrent: rolled back since the last decode
     std::vector<bool>    outputs;          // of the last batch
     std::vector<int32_t> batch_pos;
     std::vector<float>   rows;             // hidden rows of the last batch
@@ -70,6 +72,8 @@ class host {
     std::vector<bool>    wrong;     // [position] the draft for it is wrong
     int                  n_samples      = 0;
     int                  n_mispaired    = 0;  // a hidden row that is not the target's of the position before
+    int                  n_stale_cells  = 0;  // draft memory that is not the target's text, seen at a decode
+    bool                 lenient        = false;  // a position that does not follow is refused instead of checked
     int                  n_unknown_rows = 0;  // zero rows after the start of the text
     int                  n_chains_alive = 0;
 

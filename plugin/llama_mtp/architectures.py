@@ -28,7 +28,8 @@ class Architecture:
             (one per batch position). The wrong choice returns another token's row, or aborts.
         rollback: how the target forgets rejected tokens.
         mrope: positions of one sequence may have gaps (M-RoPE), always.
-        chained: several heads, one per draft position; elsewhere more than one head aborts.
+        chained: may have several heads, made for one draft position each (the engine drafts
+            every position with the first); elsewhere more than one head aborts.
         shares_kv: the head reads the target's KV cache instead of having its own.
         requires: tensors of the NextN block, without ``blk.N.``, that the graph uses unchecked or
             asserts on, besides those that every NextN block must have.
