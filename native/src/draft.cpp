@@ -52,6 +52,7 @@ void drafter::capture(const int32_t * tokens, const float * rows, int32_t n, int
         if (params_.gaps != 0 && pos > queue_.end()) {
             // The positions in between belong to an image: the memory may jump, the history may not pretend.
             catch_up();
+            drop_unverified();  // catch_up has nothing to do when no row waits
             queue_.restart(pos);
         } else {
             ++n_restarts;

@@ -53,27 +53,27 @@ void mtp_session::hand_over(const int32_t * tokens, int32_t n, int32_t pos) {
 
 void mtp_session::capture(const int32_t * tokens, int32_t n, int32_t pos) {
     require(tokens != nullptr && n > 0 && n <= params.n_batch && pos >= 0, "capture needs 1 to n_batch tokens");
-    close_round();
+    counters = with_round();
     target.observe_decode(n, pos);
     hand_over(tokens, n, pos);
 }
 
-// Books the round that ends here. Rows that nobody asked for are neither accepted nor rejected.
-void mtp_session::close_round() {
+// The counters once the round ends here. Rows that nobody asked for are neither accepted nor rejected.
+mtp_counters mtp_session::with_round() const {
+    mtp_counters sum = counters;
     if (target.in_round()) {
-        ++counters.n_rounds;
-        counters.n_drafted += target.drafted();
-        counters.n_accepted += target.accepted();
-        counters.n_sampled += target.sampled();
+        ++sum.n_rounds;
+        sum.n_drafted += target.drafted();
+        sum.n_accepted += target.accepted();
+        sum.n_sampled += target.sampled();
     }
+    return sum;
 }
 
 void mtp_session::truncate(int32_t n_past) {
-    if (!target.can_truncate(n_past)) {
-        target.truncate(n_past);  // throws with the reason
-    }
-    close_round();
+    const mtp_counters booked = with_round();
     target.truncate(n_past);
+    counters = booked;  // only now: a refusal leaves the round open
     if (drafter) {
         drafter->cut(n_past);
     }
@@ -87,7 +87,7 @@ void mtp_session::settle() {
 
 void mtp_session::forget(int32_t n_past) {
     require(n_past >= 0, "n_past must not be negative");
-    close_round();
+    counters = with_round();
     target.forget(n_past);
     if (drafter) {
         drafter->cut(n_past);
@@ -103,13 +103,13 @@ void mtp_session::align(const int32_t * tokens, int32_t n) {
 
 void mtp_session::begin_round(int32_t pos) {
     require(pos >= 0 && pos < params.n_ctx, "the context is full; raise n_ctx or shorten the text");
-    settle();
     if (pos > target.n_past()) {
         // Someone decoded without telling (libmtmd): believe the memory, not the bookkeeping.
+        settle();
         require(target.host_end() == pos, "the token's position does not follow the target's memory");
         forget(pos);
-    } else if (pos < target.n_past() || !target.can_truncate(pos)) {
-        truncate(pos);
+    } else if (target.in_round() || pos < target.n_past() || !target.can_truncate(pos)) {
+        truncate(pos);  // ends the round, and goes further back where asked, with one removal
     }
 }
 
@@ -129,8 +129,8 @@ void mtp_session::verify(int32_t last, int32_t pos, const int32_t * tokens, int3
     require(n >= 0 && (tokens != nullptr || n == 0), "verify needs the draft tokens");
     require(std::all_of(tokens, tokens + n, [&](int32_t t) { return t >= 0 && t < params.n_vocab; }),
             "a draft token is outside the vocabulary");
-    begin_round(pos);
     require(n <= target.depth_limit(pos), "more drafts than this round can carry");
+    begin_round(pos);
     const int64_t before = target.ns;
     target.verify(last, pos, tokens, n);
     round_target_ns_ = target.ns - before;
@@ -164,7 +164,7 @@ void mtp_session::next(void * sampler, int32_t last, int32_t pos, int32_t depth,
         }
         verify(last, pos, drafts.data(), static_cast<int32_t>(drafts.size()));
     } else {
-        require(pos == target.n_past(), "the token's position is not that of the next verify row");
+        require(pos == target.row_pos(), "the token's position is not that of the next verify row");
     }
     sample(sampler, step);
     step.new_round = new_round ? 1 : 0;

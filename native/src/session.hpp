@@ -35,7 +35,7 @@ struct mtp_session {
   private:
     void begin_round(int32_t pos);
     void hand_over(const int32_t * tokens, int32_t n, int32_t pos);
-    void close_round();
+    mtp_counters with_round() const;
 
     int64_t round_target_ns_ = 0;
     int64_t round_draft_ns_  = 0;

@@ -61,14 +61,14 @@ void verifier::truncate(int32_t n_past) {
     const int32_t end  = base_ + rows();
     const int32_t base = base_;
     const bool    live = in_round() && n_past > base;
-    if (n_past == 0 && end > 0) {
+    if (n_past == 0) {  // also when it should be empty: a failed decode may have left rows
         api_.memory_clear(memory_, false);
     } else if (n_past < end && !api_.memory_seq_rm(memory_, 0, n_past, -1)) {
         throw failure(MTP_ROLLBACK, "the host refused to remove the text after position " + std::to_string(n_past) +
                                         "; clear the context and evaluate it again");
     }
     const int32_t row = live ? n_past - base - 1 : (n_past == end ? live_row_ : -1);
-    const int32_t undo = n_past == end ? undo_ : 0;
+    const int32_t undo = n_past == end && n_past > 0 ? undo_ : 0;
     forget(n_past);
     live_row_ = row;
     if (params_.rollback != MTP_ROLLBACK_ATTENTION) {
@@ -116,13 +116,12 @@ int32_t verifier::sample(void * sampler) {
     if (rows_left() <= 0) {
         throw failure(MTP_INVALID, "no verify row is left to sample; verify first");
     }
-    const int32_t row = sampled_++;
-    live_row_         = row;
     int32_t token;
     {
         stopwatch watch(sample_ns);
-        token = api_.sampler_sample(sampler, params_.target, row);
+        token = api_.sampler_sample(sampler, params_.target, sampled_);
     }
+    live_row_ = sampled_++;  // only now: a chain that throws leaves the row to be asked for again
     if (sampled_ < rows()) {
         rejected_ = token != row_tokens_[sampled_];
         accepted_ += rejected_ ? 0 : 1;

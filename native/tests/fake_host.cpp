@@ -124,7 +124,8 @@ int32_t decode(void * ctx, batch b) {
             CHECK(i == 0 && current->lenient);  // llama-batch.cpp: consecutive, else the batch is refused
             return -1;
         }
-        const bool own = !is_target(c) && check_draft_row(c, b.token[i], b.embd + static_cast<size_t>(i) * n_embd, b.pos[i]);
+        const bool own =
+            !is_target(c) && check_draft_row(c, b.token[i], b.embd + static_cast<size_t>(i) * n_embd, b.pos[i]);
         c.tokens.push_back(b.token[i]);
         c.own.push_back(own);
         c.outputs[i] = b.logits[i] != 0;
@@ -220,6 +221,9 @@ int32_t sampler_sample(void * sampler, void * ctx, int32_t i) {
         throw std::runtime_error("sampler");
     }
     ++current->n_samples;
+    if (current->on_sample) {
+        current->on_sample();
+    }
     return next_token(c.tokens, c.batch_pos[i] + 1, c.poisoned);
 }
 

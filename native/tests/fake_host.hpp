@@ -6,6 +6,7 @@
 #include "llama_mtp.h"
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -80,6 +81,7 @@ class host {
     // The k-th call from now of a function fails in its own way, or throws.
     std::map<std::string, int> fail_in;
     bool                       throws = false;
+    std::function<void()>      on_sample;  // runs inside llama_sampler_sample
     bool                       fails(const char * name);
 };
 

@@ -3,7 +3,6 @@
 
 #include "fake_host.hpp"
 
-#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -388,6 +387,34 @@ void a_failed_first_decode_can_be_cleared() {
     }
 }
 
+// After a decode that failed somewhere in between, the engine promises no rollback that the memory does not have.
+void a_failed_decode_promises_no_rollback() {
+    for (bool recurrent : { false, true }) {
+        for (bool throws : { false, true }) {
+            for (int32_t to = 1; to <= 12; ++to) {
+                options o;
+                o.recurrent = recurrent;
+                host          h(o);
+                mtp_session * s = h.open();
+                generation    g(h, s, prompt_of(12), 3, 100);
+                h.throws                    = throws;
+                h.fail_in["compute target"] = 1;
+                CHECK(g.try_next() == (throws ? MTP_EXCEPTION : MTP_HOST));
+                if (mtp_can_truncate(s, to) == 1) {
+                    CHECK(mtp_truncate(s, to) == MTP_OK);
+                    CHECK(h.target.end() == to && !h.target.poisoned);
+                    CHECK(mtp_next(s, sampler, h.truth[to], to, 3, 0, &g.step) == MTP_OK);
+                    const std::vector<int32_t> kept(h.truth.begin(), h.truth.begin() + to + 1);
+                    CHECK(g.step.token == host::plain_text(kept, to + 2).back());
+                } else {
+                    CHECK(mtp_truncate(s, to) == MTP_ROLLBACK);
+                }
+                mtp_session_close(s, 1);
+            }
+        }
+    }
+}
+
 // MTP_INVALID and MTP_ROLLBACK in the middle of a round: the rows that wait are still there, the counters too.
 void a_refusal_in_a_round_keeps_the_round() {
     for (bool recurrent : { false, true }) {
@@ -571,26 +598,34 @@ void bad_arguments_are_refused_and_change_nothing() {
 }
 
 void a_second_thread_is_told_to_wait() {
-    host             h(options{});
-    mtp_session *    s = h.open();
-    generation       g(h, s, prompt_of(5), 3, 250);
-    std::atomic<int> busy{ 0 };
-    std::atomic_bool stop{ false };
-    std::thread      other([&] {
-        while (!stop) {
-            busy += mtp_settle(s) == MTP_BUSY ? 1 : 0;
-            std::this_thread::yield();
-        }
-    });
-    // The other thread may end our rounds between two calls; the text stays what it was.
-    while (g.text.size() < 200) {
-        const int status = g.try_next();
-        CHECK(status == MTP_OK || status == MTP_BUSY);
-    }
-    stop = true;
-    other.join();
-    CHECK(std::equal(g.text.begin(), g.text.end(), h.truth.begin()));
+    host          h(options{});
+    mtp_session * s = h.open();
+    generation    g(h, s, prompt_of(5), 3, 250);
+    int           n = 0;
+    h.on_sample     = [&] {  // while the first thread is inside the session
+        std::thread([&] {
+            mtp_step step{};
+            n += mtp_settle(s) == MTP_BUSY ? 1 : 0;
+            n += mtp_truncate(s, 0) == MTP_BUSY ? 1 : 0;
+            n += mtp_next(s, sampler, 1, 0, 3, 0, &step) == MTP_BUSY ? 1 : 0;
+        }).join();
+    };
+    g.run(40);
+    CHECK(n == 3 * h.n_samples && h.n_samples == 34);
     CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0);
+    mtp_session_close(s, 1);
+}
+
+void a_session_opened_late_drafts_at_once() {
+    host       h(options{});
+    const auto prompt = prompt_of(12);
+    h.truth           = host::plain_text(prompt, 100);
+    h.decode_only(prompt, 0);
+    mtp_session * s = h.open();
+    CHECK(mtp_n_past(s) == 12);
+    mtp_step step{};
+    CHECK(mtp_next(s, sampler, h.truth[12], 12, 3, 0, &step) == MTP_OK);
+    CHECK(step.token == h.truth[13] && step.n_drafted == 3 && h.draft.start == 12);
     mtp_session_close(s, 1);
 }
 
@@ -603,8 +638,9 @@ void random_operations(uint32_t seed, int steps) {
     o.gathers    = pick(2) != 0;
     o.gaps       = pick(2) != 0;
     o.confidence = pick(2) != 0;
-    o.n_batch    = 6 + pick(20);
-    o.n_ubatch   = o.n_batch;
+    o.n_batch    = 7 + pick(20);
+    o.n_rs_seq   = 1 + pick(4);
+    o.n_ubatch   = o.n_rs_seq + 2 + pick(o.n_batch - o.n_rs_seq - 1);
     o.n_ctx      = 60 + pick(200);
     host                 h(o);
     mtp_session *        s = h.open();
@@ -695,6 +731,7 @@ int main(int argc, char ** argv) {
     RUN(a_failing_host_never_changes_the_text);
     RUN(a_throwing_sampler_leaves_the_row);
     RUN(a_failed_first_decode_can_be_cleared);
+    RUN(a_failed_decode_promises_no_rollback);
     RUN(a_refusal_in_a_round_keeps_the_round);
     RUN(going_back_in_a_round_is_one_removal);
     RUN(a_gap_leaves_no_rejected_drafts_behind);
@@ -702,6 +739,7 @@ int main(int argc, char ** argv) {
     RUN(a_draft_context_that_keeps_failing_is_left_alone);
     RUN(bad_arguments_are_refused_and_change_nothing);
     RUN(a_second_thread_is_told_to_wait);
+    RUN(a_session_opened_late_drafts_at_once);
     RUN(random_operations_keep_the_text);
     std::printf("%d passed, 0 failed\n", n);
     return 0;
