@@ -20,9 +20,9 @@ void verifier::set_undo(int32_t n_rows) {
         undo_ = base_ + n_rows;
         return;
     }
-    // The host keeps the trailing 1 + n_rs_seq rows of a long batch in one ubatch (llama-batch.cpp split_equal).
-    const int32_t tail = n_rows <= params_.n_ubatch ? n_rows : std::min(n_rows, 1 + params_.n_rs_seq);
-    undo_              = std::min(params_.n_rs_seq, tail - 1);
+    // Also for a batch of several ubatches: the host keeps its trailing 1 + n_rs_seq rows in one
+    // (llama-batch.cpp split_equal), and n_ubatch exceeds that.
+    undo_ = std::min(params_.n_rs_seq, n_rows - 1);
 }
 
 void verifier::observe_decode(int32_t n, int32_t pos) {
