@@ -407,8 +407,8 @@ def main() -> None:
         "--batch", type=int, default=8, help=f"windows of {WINDOW} a worker and step"
     )
     parser.add_argument("--depth", type=int, default=3, choices=(1, 2, 3))
-    parser.add_argument("--deep", type=float, default=0.5, help="share of steps at full depth")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--deep", type=float, default=0.35, help="share of steps at full depth")
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--feature", type=float, default=0.5, help="weight of the row distance")
     parser.add_argument("--sharp", type=float, default=0.5, help="share of the first choice")

@@ -127,7 +127,9 @@ def _until_divergence(
     max_batch: int,
     sampling: dict[str, Any],
 ) -> tuple[list[int], Divergence | None]:
+    # Both read the context as a prompt: what they differ by then comes from the rounds alone.
     clear(stock)
+    clear(ours)
     stock.set_seed(seed)
     ours.set_seed(seed)
     reference = stock.generate(context, **sampling)
@@ -166,7 +168,8 @@ def _host_noise(
 ) -> float:
     """Return how far stock's own row moves when the text was decoded in batches, as ours was.
 
-    Not the last batch alone: a cache in half precision rounds the rows of earlier batches too.
+    Not the last batch alone: a cache in half precision rounds the rows of earlier batches too. The
+    last batch is filled up, since a verify has rows after the one that we look at.
     """
     noise = 0.0
     for k in range(2, max_batch + 1):
@@ -174,17 +177,17 @@ def _host_noise(
         stock.eval(context)
         row = alone
         for at in range(0, len(emitted), k):
-            row = _batch_row(stock, emitted[at : at + k])
+            row = _batch_row(stock, emitted[at : at + k], k)
         noise = max(noise, float(np.abs(row - alone).max()))
     return noise
 
 
-def _batch_row(stock: Any, tokens: Sequence[int]) -> Row:
-    """Decode ``tokens`` in one batch with the logits of every row, as a verify does."""
+def _batch_row(stock: Any, tokens: Sequence[int], k: int) -> Row:
+    """Decode ``tokens``, filled up to ``k``, with the logits of every row; return the last token's."""
     n = len(tokens)
-    batch = C.llama_batch_init(n, 0, 1)
-    batch.n_tokens = n
-    for i, token in enumerate(tokens):
+    batch = C.llama_batch_init(k, 0, 1)
+    batch.n_tokens = k
+    for i, token in enumerate([*tokens, *[tokens[-1]] * (k - n)]):
         batch.token[i], batch.pos[i] = token, stock.n_tokens + i
         batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, 1
     status = C.llama_decode(stock._ctx.ctx, batch)
