@@ -183,7 +183,7 @@ def _host_noise(
 
 
 def _batch_row(stock: Any, tokens: Sequence[int], k: int) -> Row:
-    """Decode ``tokens``, filled up to ``k``, with the logits of every row; return the last token's."""
+    """Decode ``tokens``, filled up to ``k`` rows, and return the row of the last token."""
     n = len(tokens)
     batch = C.llama_batch_init(k, 0, 1)
     batch.n_tokens = k

@@ -65,14 +65,15 @@ def demo_model(
     """Path of the joined model; joins it first where it is not there yet.
 
     `weight_type` is the storage type of its matrices. Without `file` it goes to
-    :func:`cache_dir`, under a name with the type and the digest of the head, so that a newer head
+    :func:`cache_dir`, under a name with the type and a digest of head and join, so that a newer one
     is never mistaken for an older one. The file appears when it is complete.
     """
     base = base_model()
     if weight_type.upper() not in TYPES:
         raise LlamaMtpError(f"no weight type {weight_type!r}. Use one of {', '.join(TYPES)}.")
     if file is None:
-        digest = hashlib.sha256(HEAD.read_bytes()).hexdigest()[:12]
+        join_code = Path(join_smollm2.__code__.co_filename).read_bytes()
+        digest = hashlib.sha256(HEAD.read_bytes() + join_code).hexdigest()[:12]
         file = cache_dir() / f"smollm2-135m-instruct-{weight_type.lower()}-mtp-{digest}.gguf"
         if file.exists():
             return file
