@@ -62,6 +62,12 @@ found = [p for root in dict.fromkeys(roots) for p in glob.glob(f"{root}/nvidia/*
 print(":".join(found + glob.glob("/usr/local/cuda*/lib64")))
 PY
 )
+has_cublas() { find ${1//:/ } -maxdepth 1 -name 'libcublas.so.*' 2>/dev/null | grep -q .; }
+if ! has_cublas "$libraries"; then  # a toolkit without cuBLAS, as on a machine that only builds
+  cublas=$repo/build/gpu/cublas
+  [[ -d $cublas ]] || "$python" -m pip install --quiet --target "$cublas" 'nvidia-cublas>=13,<14'
+  libraries=$libraries:$(echo "$cublas"/nvidia/*/lib | tr ' ' :)
+fi
 export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export PYTHONPATH=$site
 exec "$python" "$here/check.py" "${mode[@]}" "$@"
