@@ -142,11 +142,9 @@ std::vector<int32_t> drafter::draft(int32_t last, int32_t pos, int32_t depth, fl
             break;
         }
         drafts.push_back(next.token);
-        const float * hidden = i < depth ? api_.get_embeddings_nextn_ith(params_.draft, row) : nullptr;
-        if (hidden == nullptr) {
+        if (i == depth || !read_hidden(row)) {
             break;
         }
-        std::memcpy(hidden_.data(), hidden, sizeof(float) * params_.n_embd);
         batch_.clear();
         batch_.push(next.token, pos + i, true, hidden_.data());
         if (!decode()) {
@@ -154,6 +152,19 @@ std::vector<int32_t> drafter::draft(int32_t last, int32_t pos, int32_t depth, fl
         }
     }
     return drafts;
+}
+
+// The head's own row for the next step, copied out of a buffer that the next decode overwrites.
+bool drafter::read_hidden(int32_t row) {
+    const float * hidden = nullptr;
+    {
+        stopwatch watch(ns);
+        hidden = api_.get_embeddings_nextn_ith(params_.draft, row);
+    }
+    if (hidden != nullptr) {
+        std::memcpy(hidden_.data(), hidden, sizeof(float) * params_.n_embd);
+    }
+    return hidden != nullptr;
 }
 
 drafter::pick drafter::pick_device(int32_t row) {

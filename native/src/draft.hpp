@@ -55,6 +55,7 @@ class drafter {
     void catch_up();
     bool decode();
     void drop_unverified();
+    bool read_hidden(int32_t row);
     pick pick_device(int32_t row);
     pick pick_host(int32_t row);
 

@@ -43,7 +43,7 @@ void mtp_session::hand_over(const int32_t * tokens, int32_t n, int32_t pos) {
     if (!drafter) {
         return;
     }
-    const float * rows = api.get_embeddings_nextn(params.target);
+    const float * rows = target.hidden_rows();
     if (rows == nullptr) {
         drafter->restart(pos + n);
         return;

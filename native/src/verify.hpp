@@ -55,6 +55,12 @@ class verifier {
     int32_t sampled() const { return sampled_; }
     int32_t host_end() const { return api_.memory_seq_pos_max(memory_, 0) + 1; }
 
+    // Hidden rows of the last decode, n_embd floats each; NULL when the host has none.
+    const float * hidden_rows() {
+        stopwatch watch(ns);
+        return api_.get_embeddings_nextn(params_.target);
+    }
+
     const std::vector<int32_t> & row_tokens() const { return row_tokens_; }
 
     int64_t n_decodes = 0;

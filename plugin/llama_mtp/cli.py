@@ -138,6 +138,9 @@ def demo(
     file: Annotated[
         Path | None, typer.Option(help="Write the joined file here, not into the user cache.")
     ] = None,
+    adaptive: Annotated[
+        bool, typer.Option(help="Let the depth follow the measured gain, or keep it constant.")
+    ] = True,
 ) -> None:
     """Answer prompts with SmolLM2 and its trained head, with and without MTP side by side."""
     from .demo.run import run_demo
@@ -149,6 +152,7 @@ def demo(
         threads=threads or default_threads(),
         max_tokens=max_tokens,
         file=file,
+        adaptive=adaptive,
     )
 
 

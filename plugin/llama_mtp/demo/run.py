@@ -102,6 +102,7 @@ def run_demo(
     threads: int,
     max_tokens: int = 128,
     file: Path | None = None,
+    adaptive: bool = True,
 ) -> None:
     """Join, answer, compare, print: greedy, the file's chat template, `threads` on both sides."""
     prompts = PROMPTS if prompts is None else prompts
@@ -114,7 +115,7 @@ def run_demo(
         "n_threads_batch": threads,
         "verbose": False,
     }
-    with open_pair(model, **host) as (plain, mtp, added_memory):
+    with open_pair(model, spec_draft_adaptive=adaptive, **host) as (plain, mtp, added_memory):
         for text in prompts.values():
             answer = mtp.create_chat_completion(
                 [{"role": "user", "content": text}], temperature=0.0, max_tokens=max_tokens
