@@ -178,6 +178,22 @@ int mtp_n_past_draft(const mtp_session * session);
 
 void mtp_session_counters(const mtp_session * session, struct mtp_counters * out);
 
+/* --- state: what the session knows beside the two memories, which the caller saves with the host's own functions -- */
+
+/* Settles, takes unverified drafts out of the draft memory, and says how many bytes mtp_state_get writes: where the
+ * draft memory starts, its tokens, and the rows that wait. 0 without a draft context. Save both memories after it. */
+int mtp_state_size(mtp_session * session, size_t * n_bytes);
+
+/* Writes the state; n_bytes is what mtp_state_size said. */
+int mtp_state_get(mtp_session * session, void * data, size_t n_bytes);
+
+/* MTP_INVALID, with the reason, for bytes that mtp_state_set would refuse. Changes nothing. */
+int mtp_state_check(mtp_session * session, const void * data, size_t n_bytes);
+
+/* The caller put the target's memory back, called mtp_forget, and put the draft memory back. With data NULL the draft
+ * memory is emptied instead, and the draft starts at the target's end. */
+int mtp_state_set(mtp_session * session, const void * data, size_t n_bytes);
+
 // cdef-end
 
 #ifdef __cplusplus

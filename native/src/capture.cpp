@@ -67,4 +67,85 @@ void capture_queue::restart(int32_t pos) {
     zero(0);
 }
 
+namespace {
+
+struct state_header {
+    int32_t magic, version, n_embd, start, decoded, n_tokens;
+};
+
+constexpr int32_t state_magic   = 0x5154504d;  // "MPTQ"
+constexpr int32_t state_version = 1;
+
+size_t bytes_of(int64_t n_tokens, int64_t n_waiting, int64_t n_embd) {
+    return sizeof(state_header) + static_cast<size_t>(n_tokens) * sizeof(int32_t) +
+           static_cast<size_t>((n_waiting + 1) * n_embd) * sizeof(float);
+}
+
+}  // namespace
+
+size_t capture_queue::state_size() const {
+    return bytes_of(static_cast<int64_t>(tokens_.size()), waiting(), n_embd_);
+}
+
+void capture_queue::state_get(uint8_t * data) const {
+    const state_header head{ state_magic, state_version, n_embd_, start_, decoded_, end() - start_ };
+    std::memcpy(data, &head, sizeof head);
+    data += sizeof head;
+    if (!tokens_.empty()) {
+        std::memcpy(data, tokens_.data(), tokens_.size() * sizeof(int32_t));
+        data += tokens_.size() * sizeof(int32_t);
+    }
+    std::memcpy(data, rows_.data(), static_cast<size_t>(waiting() + 1) * n_embd_ * sizeof(float));
+}
+
+const char * capture_queue::state_check(const uint8_t * data, size_t n, int32_t n_vocab, int32_t max_end) const {
+    state_header head;
+    if (data == nullptr || n < sizeof head) {
+        return "the state of the draft is too short";
+    }
+    std::memcpy(&head, data, sizeof head);
+    if (head.magic != state_magic || head.version != state_version) {
+        return "these bytes are not the state of a draft of this version";
+    }
+    if (head.n_embd != n_embd_) {
+        return "the state of the draft has hidden rows of another width";
+    }
+    const int64_t end = static_cast<int64_t>(head.start) + head.n_tokens;
+    if (head.start < 0 || head.n_tokens < 0 || head.decoded < head.start || head.decoded > end) {
+        return "the state of the draft contradicts itself";
+    }
+    if (end > max_end) {
+        return "the state of the draft is longer than the target's text";
+    }
+    if (end - head.decoded > capacity()) {
+        return "more rows wait in the state of the draft than n_batch; raise n_batch";
+    }
+    if (n != bytes_of(head.n_tokens, end - head.decoded, n_embd_)) {
+        return "the state of the draft is not as long as it says";
+    }
+    for (int32_t i = 0; i < head.n_tokens; ++i) {
+        int32_t token;
+        std::memcpy(&token, data + sizeof head + static_cast<size_t>(i) * sizeof token, sizeof token);
+        if (token < 0 || token >= n_vocab) {
+            return "a token in the state of the draft is outside the vocabulary";
+        }
+    }
+    return nullptr;
+}
+
+void capture_queue::state_set(const uint8_t * data) {
+    state_header head;
+    std::memcpy(&head, data, sizeof head);
+    std::vector<int32_t> tokens(head.n_tokens);
+    const size_t         n_token_bytes = tokens.size() * sizeof(int32_t);
+    if (!tokens.empty()) {
+        std::memcpy(tokens.data(), data + sizeof head, n_token_bytes);
+    }
+    tokens_.swap(tokens);
+    start_   = head.start;
+    decoded_ = head.decoded;
+    std::memcpy(rows_.data(), data + sizeof head + n_token_bytes,
+                static_cast<size_t>(waiting() + 1) * n_embd_ * sizeof(float));
+}
+
 }  // namespace mtp

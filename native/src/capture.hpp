@@ -3,6 +3,8 @@
 
 #include "host_api.hpp"
 
+#include <cstddef>
+#include <cstdint>
 #include <vector>
 
 namespace mtp {
@@ -48,7 +50,16 @@ class capture_queue {
     // Empties the queue; the next token stands at pos and has no hidden row.
     void restart(int32_t pos);
 
+    // The queue as bytes, for this kind of machine: a header, the tokens, the hidden rows 0..waiting.
+    size_t state_size() const;
+    void   state_get(uint8_t * data) const;
+    // NULL, or why these bytes are no queue of this width, capacity and vocabulary that ends by max_end.
+    const char * state_check(const uint8_t * data, size_t n, int32_t n_vocab, int32_t max_end) const;
+    // Takes over bytes that state_check let pass.
+    void state_set(const uint8_t * data);
+
   private:
+    int32_t capacity() const { return static_cast<int32_t>(rows_.size() / n_embd_) - 1; }
     float * row(int32_t index) { return &rows_[static_cast<size_t>(index) * n_embd_]; }
     void    zero(int32_t index);
 

@@ -83,6 +83,16 @@ void drafter::drop_unverified() {
     }
 }
 
+size_t drafter::state_size() {
+    drop_unverified();
+    return queue_.state_size();
+}
+
+void drafter::state_set(const uint8_t * data) {
+    queue_.state_set(data);
+    memory_end_ = queue_.decoded();
+}
+
 bool drafter::decode() {
     stopwatch watch(ns);
     ++n_decodes;

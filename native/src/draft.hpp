@@ -40,6 +40,14 @@ class drafter {
     // Empties memory and queue; the next token stands at pos.
     void restart(int32_t pos);
 
+    // The queue as bytes. The size comes first: it takes the unverified drafts out of the draft memory.
+    size_t       state_size();
+    const char * state_check(const uint8_t * data, size_t n, int32_t max_end) const {
+        return queue_.state_check(data, n, params_.n_vocab, max_end);
+    }
+    // The draft memory was put back as it was when these bytes were written.
+    void state_set(const uint8_t * data);
+
     int64_t n_decodes  = 0;
     int64_t n_restarts = 0;
     int64_t ns         = 0;

@@ -101,6 +101,37 @@ void mtp_session::align(const int32_t * tokens, int32_t n) {
     }
 }
 
+size_t mtp_session::state_size() {
+    settle();
+    return drafter ? drafter->state_size() : 0;
+}
+
+void mtp_session::state_get(uint8_t * data, size_t n) const {
+    require(!target.in_round(), "a round is open; ask for the size of the state first");
+    require(n == (drafter ? drafter->queue().state_size() : 0), "the state has another size by now");
+    if (n > 0) {
+        require(data != nullptr, "data is NULL");
+        drafter->queue().state_get(data);
+    }
+}
+
+void mtp_session::state_check(const uint8_t * data, size_t n, int32_t max_end) const {
+    require(drafter != nullptr, "this session has no draft context");
+    const char * reason = drafter->state_check(data, n, max_end);
+    require(reason == nullptr, reason);
+}
+
+void mtp_session::state_set(const uint8_t * data, size_t n) {
+    if (data == nullptr) {
+        if (drafter) {
+            drafter->restart(target.n_past());
+        }
+        return;
+    }
+    state_check(data, n, target.n_past());
+    drafter->state_set(data);
+}
+
 void mtp_session::begin_round(int32_t pos) {
     require(pos >= 0 && pos < params.n_ctx, "the context is full; raise n_ctx or shorten the text");
     if (pos > target.n_past()) {
@@ -347,6 +378,26 @@ void mtp_session_counters(const mtp_session * session, mtp_counters * out) {
         out->n_draft_restarts = session->drafter->n_restarts;
         out->draft_ns         = session->drafter->ns;
     }
+}
+
+int mtp_state_size(mtp_session * session, size_t * n_bytes) {
+    return enter(session, [&](mtp_session & s) {
+        require(n_bytes != nullptr, "n_bytes is NULL");
+        *n_bytes = s.state_size();
+    });
+}
+
+int mtp_state_get(mtp_session * session, void * data, size_t n_bytes) {
+    return enter(session, [&](mtp_session & s) { s.state_get(static_cast<uint8_t *>(data), n_bytes); });
+}
+
+int mtp_state_check(mtp_session * session, const void * data, size_t n_bytes) {
+    return enter(session,
+                 [&](mtp_session & s) { s.state_check(static_cast<const uint8_t *>(data), n_bytes, s.params.n_ctx); });
+}
+
+int mtp_state_set(mtp_session * session, const void * data, size_t n_bytes) {
+    return enter(session, [&](mtp_session & s) { s.state_set(static_cast<const uint8_t *>(data), n_bytes); });
 }
 
 }  // extern "C"

@@ -22,6 +22,10 @@ struct mtp_session {
     void truncate(int32_t n_past);
     void forget(int32_t n_past);
     void align(const int32_t * tokens, int32_t n);
+    size_t state_size();
+    void   state_get(uint8_t * data, size_t n) const;
+    void   state_check(const uint8_t * data, size_t n, int32_t max_end) const;
+    void   state_set(const uint8_t * data, size_t n);
 
     const mtp_session_params      params;
     const mtp::host_api           api;

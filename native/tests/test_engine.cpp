@@ -5,6 +5,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <string>
 #include <thread>
@@ -629,6 +630,191 @@ void a_session_opened_late_drafts_at_once() {
     mtp_session_close(s, 1);
 }
 
+// What a caller keeps of a session and its two memories.
+struct saved_state {
+    std::vector<unsigned char> queue;
+    fake::context              target, draft;
+    int32_t                    n_past = 0;
+};
+
+saved_state save(host & h, mtp_session * s) {
+    saved_state state;
+    size_t      n = 0;
+    CHECK(mtp_state_size(s, &n) == MTP_OK);
+    state.queue.resize(n);
+    CHECK(mtp_state_get(s, state.queue.data(), n) == MTP_OK);
+    state.target = h.target;
+    state.draft  = h.draft;
+    state.n_past = mtp_n_past(s);
+    return state;
+}
+
+void load(host & h, mtp_session * s, const saved_state & state, bool with_draft = true) {
+    h.target       = state.target;
+    h.target.undo  = 0;  // the snapshots are not part of a saved state
+    h.target.spent = true;
+    CHECK(mtp_forget(s, state.n_past) == MTP_OK);
+    if (with_draft) {
+        void * const own = h.draft.sampler;
+        h.draft          = state.draft;
+        h.draft.sampler  = own;
+        CHECK(mtp_state_check(s, state.queue.data(), state.queue.size()) == MTP_OK);
+        CHECK(mtp_state_set(s, state.queue.data(), state.queue.size()) == MTP_OK);
+    } else {
+        CHECK(mtp_state_set(s, nullptr, 0) == MTP_OK);
+    }
+}
+
+// At every row of a round, into the same session and into a new one: the same text, the same rounds.
+void a_saved_state_drafts_on_as_before() {
+    for (const auto & o : kinds()) {
+        for (int32_t at = 9; at < 40; ++at) {
+            for (bool fresh : { false, true }) {
+                host          h(o);
+                mtp_session * s = h.open();
+                generation    g(h, s, prompt_of(9), 3, 120);
+                for (size_t p = 10; p < 120; p += 3 + p % 4) {
+                    h.wrong.resize(140);
+                    h.wrong[p] = true;
+                }
+                g.run(at + 1);
+                const auto state = save(h, s);
+                const auto kept  = g.text;
+                g.run(90);
+                std::vector<int32_t> accepted;
+                const auto           rounds = [&](int32_t n) {
+                    accepted.clear();
+                    while (static_cast<int32_t>(g.text.size()) < n) {
+                        CHECK(g.try_next() == MTP_OK);
+                        accepted.push_back(g.step.new_round ? -1 : g.step.n_accepted);
+                    }
+                };
+                load(h, s, state);
+                g.text = kept;
+                rounds(90);
+                const auto first = accepted;
+                if (fresh) {
+                    mtp_session_close(s, 1);
+                    h.target = h.draft = {};
+                    s = g.s = h.open();
+                }
+                load(h, s, state);
+                CHECK(mtp_n_past(s) == state.n_past);
+                g.text = kept;
+                rounds(90);
+                CHECK(accepted == first);
+                CHECK(std::equal(g.text.begin(), g.text.end(), h.truth.begin()));
+                CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0 && h.n_unknown_rows == 0 && !h.target.poisoned);
+                mtp_session_close(s, 1);
+            }
+        }
+    }
+}
+
+void a_state_without_a_draft_starts_empty() {
+    for (bool gaps : { false, true }) {
+        options o;
+        o.gaps = gaps;
+        host          h(o);
+        mtp_session * s = h.open();
+        generation    g(h, s, prompt_of(9), 3, 120);
+        g.run(20);
+        const auto state = save(h, s);
+        const auto kept  = g.text;
+        g.run(60);
+        load(h, s, state, false);
+        CHECK(h.draft.tokens.empty() && mtp_n_past_draft(s) == state.n_past);
+        g.text = kept;
+        g.run(70);
+        CHECK(h.draft.start == state.n_past && g.step.n_drafted == 3);
+        CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0);
+        mtp_session_close(s, 1);
+    }
+}
+
+void a_damaged_state_is_refused_and_changes_nothing() {
+    host          h(options{});
+    mtp_session * s = h.open();
+    generation    g(h, s, prompt_of(9), 3, 200);
+    h.wrong.assign(220, true);
+    g.run(20);
+    const auto state = save(h, s);
+    for (size_t n = 0; n < state.queue.size(); ++n) {
+        CHECK(mtp_state_check(s, state.queue.data(), n) == MTP_INVALID);
+        CHECK(mtp_state_set(s, state.queue.data(), n) == MTP_INVALID);
+        CHECK(std::string(mtp_session_error(s)).size() > 4);
+    }
+    auto longer = state.queue;
+    longer.push_back(0);
+    CHECK(mtp_state_set(s, longer.data(), longer.size()) == MTP_INVALID);
+    const int32_t values[] = { -1, 0, 1, 2, 1000, 0x7fffffff, -0x7fffffff };
+    for (size_t field = 0; field < 6 + 19; ++field) {
+        for (int32_t value : values) {
+            auto bad = state.queue;
+            std::memcpy(bad.data() + field * sizeof value, &value, sizeof value);
+            if (bad == state.queue || (field >= 3 && mtp_state_check(s, bad.data(), bad.size()) == MTP_OK)) {
+                continue;  // another queue, but one in itself
+            }
+            CHECK(mtp_state_set(s, bad.data(), bad.size()) == MTP_INVALID);
+        }
+    }
+    size_t n = 0;
+    CHECK(mtp_state_check(s, nullptr, 99) == MTP_INVALID);
+    CHECK(mtp_state_size(s, nullptr) == MTP_INVALID);
+    CHECK(mtp_state_size(s, &n) == MTP_OK && n == state.queue.size());
+    std::vector<unsigned char> out(n);
+    CHECK(mtp_state_get(s, nullptr, n) == MTP_INVALID);
+    CHECK(mtp_state_get(s, out.data(), n - 1) == MTP_INVALID);
+    CHECK(mtp_state_get(s, out.data(), n) == MTP_OK && out == state.queue);
+    CHECK(mtp_truncate(s, mtp_n_past(s) - 3) == MTP_OK);
+    CHECK(mtp_state_set(s, out.data(), n) == MTP_INVALID);  // longer than the target
+    g.text.resize(g.text.size() - 3);
+    g.run(40);
+    CHECK(g.try_next() == MTP_OK && g.step.rows_left == 0);
+    CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0);
+
+    // A round that is open: the size settles it, the bytes alone do not.
+    h.wrong.clear();
+    do {
+        CHECK(g.try_next() == MTP_OK);
+    } while (g.step.rows_left == 0);
+    CHECK(mtp_state_get(s, out.data(), n) == MTP_INVALID);
+    CHECK(mtp_state_size(s, &n) == MTP_OK && mtp_state_size(nullptr, &n) == MTP_INVALID);
+    g.run(60);
+    mtp_session_close(s, 1);
+}
+
+void more_waiting_rows_than_fit_are_refused() {
+    saved_state waiting;
+    {
+        options o;
+        o.n_batch = 32;
+        host          h(o);
+        mtp_session * s = h.open();
+        h.eval(s, prompt_of(30), 0);
+        waiting = save(h, s);
+        mtp_session_close(s, 1);
+    }
+    host          h(options{});
+    mtp_session * s = h.open();
+    CHECK(mtp_state_check(s, waiting.queue.data(), waiting.queue.size()) == MTP_INVALID);
+    CHECK(std::string(mtp_session_error(s)).find("n_batch") != std::string::npos);
+    mtp_session_close(s, 1);
+}
+
+void a_session_without_a_draft_context_has_no_state() {
+    options o;
+    o.draft_context = false;
+    host          h(o);
+    mtp_session * s = h.open();
+    size_t        n = 1;
+    CHECK(mtp_state_size(s, &n) == MTP_OK && n == 0);
+    CHECK(mtp_state_get(s, nullptr, 0) == MTP_OK);
+    CHECK(mtp_state_set(s, nullptr, 0) == MTP_OK);
+    CHECK(mtp_state_set(s, &n, sizeof n) == MTP_INVALID);
+    mtp_session_close(s, 1);
+}
+
 // Random operations against a list of tokens: what the adapter may do, in any order.
 void random_operations(uint32_t seed, int steps) {
     std::mt19937 rng(seed);
@@ -653,6 +839,8 @@ void random_operations(uint32_t seed, int steps) {
         text.push_back(h.truth[n]);
     };
     restart(5);
+    saved_state          kept;
+    std::vector<int32_t> kept_text;
     for (int i = 0; i < steps; ++i) {
         const int32_t pos = static_cast<int32_t>(text.size()) - 1;
         if (pos + 2 >= o.n_ctx) {
@@ -663,8 +851,17 @@ void random_operations(uint32_t seed, int steps) {
         for (int32_t p = 0; p < o.n_ctx; ++p) {
             h.wrong[p] = ((p * 7 + static_cast<int32_t>(seed)) % 5) < 2;
         }
-        switch (pick(12)) {
+        switch (pick(14)) {
             case 0: CHECK(mtp_settle(s) == MTP_OK); break;
+            case 12: kept = save(h, s), kept_text = text; break;
+            case 13: {
+                if (!kept_text.empty()) {
+                    load(h, s, kept, pick(4) != 0);
+                    text    = kept_text;
+                    h.truth = host::plain_text(text, o.n_ctx + 2);
+                }
+                break;
+            }
             case 1: restart(1 + pick(40)); break;
             case 2: {  // resend a prefix, as a chat with a changed last turn does
                 const int32_t keep = pick(pos + 1);
@@ -740,6 +937,11 @@ int main(int argc, char ** argv) {
     RUN(bad_arguments_are_refused_and_change_nothing);
     RUN(a_second_thread_is_told_to_wait);
     RUN(a_session_opened_late_drafts_at_once);
+    RUN(a_saved_state_drafts_on_as_before);
+    RUN(a_state_without_a_draft_starts_empty);
+    RUN(a_damaged_state_is_refused_and_changes_nothing);
+    RUN(more_waiting_rows_than_fit_are_refused);
+    RUN(a_session_without_a_draft_context_has_no_state);
     RUN(random_operations_keep_the_text);
     std::printf("%d passed, 0 failed\n", n);
     return 0;

@@ -17,6 +17,7 @@ from .errors import (
     ModelFileError,
     NativeError,
     SpecTypeError,
+    StateError,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ __all__ = [
     "NativeError",
     "SpecStats",
     "SpecTypeError",
+    "StateError",
     "__version__",
     "install",
     "uninstall",

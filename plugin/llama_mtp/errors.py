@@ -15,6 +15,10 @@ class SpecTypeError(LlamaMtpError, ValueError):
     """A spec type is unknown, or cannot be honoured with the other arguments."""
 
 
+class StateError(LlamaMtpError, ValueError):
+    """A saved state is damaged, or belongs to another model or to other sizes."""
+
+
 class HostVersionError(LlamaMtpError, RuntimeError):
     """The installed llama-cpp-python is not one that the plugin knows how to drive."""
 
