@@ -314,7 +314,7 @@ def _add_vocabulary(w: Any) -> None:
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     pairs = [a + b for a in letters for b in "aeiouynrst"]
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(N_BYTES))]
-    texts += (["\u2581", *letters, *pairs])[:N_WORDS]
+    texts += (["\u2581", *letters, *pairs, *map(str, range(N_WORDS))])[:N_WORDS]
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     kinds += [gguf.TokenType.BYTE] * N_BYTES + [gguf.TokenType.NORMAL] * N_WORDS
     w.add_tokenizer_model("llama")
