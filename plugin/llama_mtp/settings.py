@@ -19,6 +19,7 @@ from .registry import resolve
 logger = logging.getLogger("llama_mtp")
 
 MAX_DEPTH = 64  # more rows than this in a verify batch never pay
+MAX_CHECKPOINTS = 1024
 
 _T = TypeVar("_T")
 
@@ -34,6 +35,7 @@ class SpecOptions:
     type_k: int | None
     type_v: int | None
     adaptive: bool
+    checkpoints: int = 0
 
     @property
     def explicit(self) -> bool:
@@ -78,6 +80,7 @@ def read_options(
     type_k: int | None,
     type_v: int | None,
     adaptive: bool,
+    checkpoints: int | None = None,
 ) -> SpecOptions:
     """Fill in environment and defaults; SpecTypeError for values out of range."""
     options = SpecOptions(
@@ -88,6 +91,7 @@ def read_options(
         type_k=type_k,
         type_v=type_v,
         adaptive=adaptive,
+        checkpoints=_choose(checkpoints, "LLAMA_ARG_CTX_CHECKPOINTS", int, 4),
     )
     if not isinstance(options.spec_type, str):
         raise SpecTypeError(f"spec_type must be a string, got {options.spec_type!r}.")
@@ -104,6 +108,11 @@ def read_options(
     if not 0.0 <= options.p_min < 1.0:
         raise SpecTypeError(
             f"spec_draft_p_min is a probability below 1, got {options.p_min}; 0 never stops early."
+        )
+    if not 0 <= options.checkpoints <= MAX_CHECKPOINTS:
+        raise SpecTypeError(
+            f"spec_checkpoints must be between 0 and {MAX_CHECKPOINTS}, got {options.checkpoints}; "
+            "0 keeps none."
         )
     return options
 

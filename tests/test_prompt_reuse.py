@@ -1,0 +1,455 @@
+"""Many turns of a chat: what is reused is what a fresh object would have, and drafting goes on.
+
+On a hybrid model the recurrent state cannot be cut, so checkpoints stand in for it. The models here
+have a state that the text depends on: a wrong one shows in the next words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
+
+from llama_mtp import Llama
+from llama_mtp.checkpoints import MIN_STEP, TAIL, Checkpoints
+from llama_mtp.errors import SpecTypeError
+from llama_mtp.host import C, logits_row
+from llama_mtp.identity import fresh_text, text
+
+GREEDY: dict[str, Any] = {"temp": 0.0}
+SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[int]]:
+    """Return ``decoded(llama)``: the sizes of the batches that it evaluates from now on."""
+
+    def watch(llama: Any) -> list[int]:
+        sizes: list[int] = []
+        decode = llama._ctx.decode
+
+        def count(batch: Any) -> None:
+            sizes.append(int(batch.batch.n_tokens))
+            decode(batch)
+
+        monkeypatch.setattr(llama._ctx, "decode", count)
+        return sizes
+
+    return watch
+
+
+def positions(llama: Any) -> list[int]:
+    kept: list[int] = llama._session.checkpoints.positions
+    return kept
+
+
+def conversation(llama: Any, m: models.Model, turns: int, n: int = 16) -> list[int]:
+    """Chat by appending, and return the last turn's prompt."""
+    prompt = m.text(60)
+    for turn in range(turns - 1):
+        prompt = [*prompt, *text(llama, prompt, n, **GREEDY), *m.text(40, 50 + turn)]
+    text(llama, prompt, n, **GREEDY)
+    return prompt
+
+
+# ---- any memory
+
+
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+@pytest.mark.parametrize("swa_full", [True, False])
+def test_every_way_to_come_back(
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, arch: str, swa_full: bool
+) -> None:
+    m = model(arch, state_scale=1.0)
+    plain, fast = stock(m, swa_full=swa_full), ours(m, swa_full=swa_full)
+    prompt = m.text(80)  # longer than the sliding window
+    begun = fresh_text(plain, prompt, 12, **SAMPLED)
+    for again in (
+        prompt,  # nothing there yet
+        prompt,  # an exact hit
+        [*prompt, *begun],  # a longer prompt
+        [*prompt, *begun, *m.text(40, 1)],
+        prompt[:50],  # a shorter one
+        [*prompt[:50], *m.text(40, 2)],  # a branch
+        [*prompt[:1], *m.text(3, 3)],
+        m.text(70, 4),  # nothing in common
+        prompt[:1],
+    ):
+        expected = fresh_text(plain, again, 12, **SAMPLED)
+        assert text(fast, again, 12, **SAMPLED) == expected
+        assert text(fast, again, 12, **SAMPLED) == expected
+
+
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+@pytest.mark.parametrize("swa_full", [True, False])
+def test_a_chat_is_stocks_chat(
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, arch: str, swa_full: bool
+) -> None:
+    m = model(arch, state_scale=1.0)
+    plain, fast = stock(m, swa_full=swa_full), ours(m, swa_full=swa_full)
+    prompt = m.text(60)
+    for turn in range(6):
+        expected = fresh_text(plain, prompt, 20, **SAMPLED)
+        assert text(fast, prompt, 20, **SAMPLED) == expected
+        other = [*prompt[:-9], *m.text(12, 90 + turn)]  # the user thinks again
+        expected = fresh_text(plain, other, 20, **SAMPLED)
+        assert text(fast, other, 20, **SAMPLED) == expected
+        prompt = [*other, *expected, *m.text(30, 50 + turn)]
+
+
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_fifth_turn_accepts_as_a_fresh_object(
+    model: ModelFactory, ours: LlamaFactory, arch: str, changed: bool
+) -> None:
+    m = model(arch, state_scale=1.0)
+    chat, fresh = ours(m), ours(m)
+    prompt = conversation(chat, m, 5)
+    if changed:
+        prompt = [*prompt[:-9], *m.text(12, 90)]
+    assert text(chat, prompt, 80, **SAMPLED) == text(fresh, prompt, 80, **SAMPLED)
+    assert chat.spec_stats.last.num_accepted_tokens > 10
+    for counted in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+        assert getattr(chat.spec_stats.last, counted) == getattr(fresh.spec_stats.last, counted)
+
+
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_head_that_reads_hidden_rows_gets_the_right_ones(
+    model: ModelFactory, ours: LlamaFactory, arch: str, changed: bool
+) -> None:
+    m = model(arch, head="hidden", state_scale=0.25)
+    chat, fresh = ours(m), ours(m)
+    prompt = conversation(chat, m, 5)
+    if changed:
+        prompt = [*prompt[:-9], *m.text(12, 90)]
+    assert text(chat, prompt, 80, **GREEDY) == text(fresh, prompt, 80, **GREEDY)
+    ours_, theirs = (x.spec_stats.last.mean_acceptance_length for x in (chat, fresh))
+    assert theirs > 2
+    assert ours_ == pytest.approx(theirs, rel=0.02)
+
+
+# ---- checkpoints: what they spare
+
+
+def test_a_changed_last_turn_is_read_from_the_turn_before(
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, decoded: Any
+) -> None:
+    m = model("qwen35", state_scale=1.0)
+    plain, fast, without = stock(m), ours(m), ours(m, spec_checkpoints=0)
+    before = conversation(fast, m, 4)
+    assert conversation(without, m, 4) == before
+    turn = [*before, *fast.input_ids[len(before) : fast.n_tokens].tolist(), *m.text(40, 70)]
+    for llama in (fast, without):
+        text(llama, turn, 16, **GREEDY)
+    changed = [*turn[:-40], *m.text(36, 71)]
+    expected = fresh_text(plain, changed, 30, **SAMPLED)
+    few, all_ = decoded(fast), decoded(without)
+    assert text(fast, changed, 30, **SAMPLED) == text(without, changed, 30, **SAMPLED) == expected
+    assert sum(few) == len(changed) - (len(before) - TAIL)
+    assert sum(all_) == len(changed)
+    few.clear()
+    assert text(fast, changed, 30, **SAMPLED) == expected  # once more: a few tokens only
+    assert few == [TAIL]
+
+
+def test_a_template_that_ends_its_prompt_otherwise(
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, decoded: Any
+) -> None:
+    """What opens the answer is not in the history that the next prompt shows."""
+    m = model("qwen35", state_scale=1.0)
+    plain, fast = stock(m), ours(m)
+    opening = m.text(TAIL, 5)
+    history = m.text(60)
+    sizes = decoded(fast)
+    read = 0
+    for turn in range(4):
+        prompt = [*history, *opening]
+        sizes.clear()
+        answer = text(fast, prompt, 12, **GREEDY)
+        assert answer == fresh_text(plain, prompt, 12, **GREEDY)
+        assert sum(sizes) == len(prompt) - read
+        read = len(history)
+        history = [*history, *answer, *m.text(30, 50 + turn)]
+
+
+def test_logits_are_those_of_an_object_that_never_went_back(
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory
+) -> None:
+    m = model("qwen35", state_scale=1.0)
+    plain, fast, fresh = stock(m), ours(m), ours(m)
+    conversation(fast, m, 3)
+    at = positions(fast)[-2]
+    prompt = [*fast.input_ids[:at].tolist(), *m.text(25, 7)]
+    rest = fast._reuse_prefix(prompt)
+    assert rest == prompt[at:]
+    fast.eval(rest)
+
+    # The same cells, written in the same batches: the same bits.
+    for start, end in zip([0, *positions(fast)], [*positions(fast), len(prompt)], strict=True):
+        fresh.eval(prompt[start:end])
+    row = logits_row(fast._ctx, fast._session.live_row, m.follow.size)
+    same = logits_row(fresh._ctx, fresh._session.live_row, m.follow.size)
+    plain.eval(prompt)
+    whole = logits_row(plain._ctx, -1, m.follow.size)
+    np.testing.assert_allclose(row, whole, atol=1e-4)
+    np.testing.assert_allclose(row, same, atol=1e-4)
+
+
+def test_the_same_batches_give_the_same_bits(model: ModelFactory, ours: LlamaFactory) -> None:
+    m = model("qwen35", state_scale=1.0)
+    fast, fresh = ours(m), ours(m)
+    start, rest = m.text(40), m.text(25, 7)
+    text(fast, [*start, *m.text(TAIL, 8)], 20, **SAMPLED)
+    assert positions(fast) == [40]
+    assert fast._reuse_prefix([*start, *rest]) == rest
+    fast.eval(rest)
+    fresh.eval(start)
+    fresh.eval(rest)
+    rows = [logits_row(x._ctx, x._session.live_row, m.follow.size) for x in (fast, fresh)]
+    np.testing.assert_array_equal(rows[0], rows[1])
+
+
+def test_a_wrong_state_would_show(
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory
+) -> None:
+    """The oracle of this file has teeth: another state in a checkpoint changes the text."""
+    m = model("qwen35", state_scale=1.0)
+    plain, fast = stock(m), ours(m)
+    prompt, other = m.text(64), m.text(64, 3)
+    text(fast, other, 4, **GREEDY)
+    wrong = fast._session.checkpoints._kept[0].state
+    text(fast, prompt, 20, **GREEDY)
+    fast._session.checkpoints._kept[0].state[:] = wrong
+    again = [*prompt[:-2], *m.text(2, 9)]
+    assert text(fast, again, 30, **GREEDY) != fresh_text(plain, again, 30, **GREEDY)
+
+
+# ---- checkpoints: when they may not be used
+
+
+def test_a_refused_state_means_to_read_all(
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, decoded: Any
+) -> None:
+    m = model("qwen35", state_scale=1.0)
+    plain, fast = stock(m), ours(m)
+    prompt = conversation(fast, m, 3)
+    for kept in fast._session.checkpoints._kept:
+        kept.state[:4] = 0  # not the host's mark of a state
+    again = [*prompt[:-2], *m.text(9, 9)]
+    sizes = decoded(fast)
+    assert text(fast, again, 30, **SAMPLED) == fresh_text(plain, again, 30, **SAMPLED)
+    assert sum(sizes) == len(again)
+    assert positions(fast) == [len(again) - TAIL]
+
+
+def test_a_state_that_breaks_off_means_to_read_all(
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host has overwritten half of the recurrent state when it notices."""
+    m = model("qwen35", state_scale=1.0)
+    plain, fast = stock(m), ours(m)
+    prompt = conversation(fast, m, 3)
+    real = C.llama_state_seq_set_data_ext
+
+    def half(ctx: Any, state: Any, size: int, *rest: Any) -> int:
+        return int(real(ctx, state, size // 2, *rest))
+
+    monkeypatch.setattr(C, "llama_state_seq_set_data_ext", half)
+    again = [*prompt[:-2], *m.text(9, 9)]
+    assert text(fast, again, 30, **SAMPLED) == fresh_text(plain, again, 30, **SAMPLED)
+    assert fast._session.checkpoints.stats.restored == 0
+
+
+def _cut_by_hand(llama: Any, m: models.Model) -> None:
+    llama.n_tokens = 100
+    llama.eval(m.text(60, 21))
+
+
+def _cut_in_the_memory(llama: Any, m: models.Model) -> None:
+    if not llama._ctx.kv_cache_seq_rm(0, 100, -1):
+        llama._ctx.kv_cache_clear()
+        llama.n_tokens = 0
+        llama.eval(m.text(160, 21))
+
+
+def _clear(llama: Any, m: models.Model) -> None:
+    llama._ctx.kv_cache_clear()
+    llama.reset()
+    llama.eval(m.text(160, 21))
+
+
+def _reset(llama: Any, m: models.Model) -> None:
+    llama.reset()
+    llama.eval(m.text(160, 21))
+
+
+def _load(llama: Any, m: models.Model) -> None:
+    kept = [int(t) for t in llama.input_ids[: llama.n_tokens]]
+    text(llama, m.text(160, 21), 5, **GREEDY)
+    state = llama.save_state()
+    text(llama, kept, 5, **GREEDY)
+    llama.load_state(state)
+
+
+@pytest.mark.parametrize("change", [_cut_by_hand, _cut_in_the_memory, _clear, _reset, _load])
+def test_none_outlives_the_cells_before_it(
+    model: ModelFactory,
+    stock: StockFactory,
+    ours: LlamaFactory,
+    change: Callable[[Any, models.Model], None],
+) -> None:
+    m = model("qwen35", state_scale=1.0)
+    plain, fast = stock(m), ours(m)
+    prompt = conversation(fast, m, 3)
+    assert positions(fast)[-1] == len(prompt) - TAIL
+    change(fast, m)
+    held = fast.input_ids[: fast.n_tokens].tolist()
+    for kept in fast._session.checkpoints._kept:
+        assert held[: kept.n_past] == kept.history.tolist()
+    again = [*prompt, *m.text(3, 22)]
+    assert text(fast, again, 20, **SAMPLED) == fresh_text(plain, again, 20, **SAMPLED)
+
+
+def test_a_round_that_starts_further_back_drops_them(
+    model: ModelFactory, ours: LlamaFactory
+) -> None:
+    m = model("qwen35", state_scale=1.0)
+    fast = ours(m)
+    prompt = m.text(60)
+    text(fast, prompt, 1, **GREEDY)
+    assert positions(fast) == [60 - TAIL]
+    fast.n_tokens = 60 - TAIL - 1
+    list(zip(range(9), fast.generate(m.text(5, 2), reset=False, **GREEDY), strict=False))
+    assert positions(fast) == []
+
+
+def test_a_hole_in_the_middle_drops_them(model: ModelFactory, ours: LlamaFactory) -> None:
+    m = model("qwen35", state_scale=1.0)
+    fast = ours(m)
+    conversation(fast, m, 2)
+    fast._ctx.kv_cache_seq_rm(0, 10, 20)
+    assert positions(fast) == []
+
+
+def test_left_in_the_middle_of_a_round(
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory
+) -> None:
+    m = model("qwen35", state_scale=1.0, right=1.0)
+    plain, fast = stock(m), ours(m)
+    base = m.text(50)
+    for n in range(1, 8):
+        text(fast, [*base, *m.text(20, n)], n, **SAMPLED)
+        again = [*base, *m.text(20, 30 + n)]
+        assert text(fast, again, 20, **SAMPLED) == fresh_text(plain, again, 20, **SAMPLED)
+    assert fast._session.checkpoints.stats.restored == 0  # each prompt is new from 50 on
+
+
+def test_never_across_an_image(model: ModelFactory, ours: LlamaFactory) -> None:
+    m = model("qwen35")
+    fast = ours(m)
+    fast.eval(m.text(60))
+    history = fast.input_ids[:60].copy()
+    history[20:30] = -1
+    fast._session.checkpoints.save(history)
+    assert positions(fast) == []
+
+
+def test_random_turns(model: ModelFactory, stock: StockFactory, ours: LlamaFactory) -> None:
+    m = model("qwen35", state_scale=1.0)
+    plain, fast = stock(m), ours(m, spec_checkpoints=3)
+    rng = np.random.default_rng(4)
+    past: list[list[int]] = [m.text(50)]
+    for step in range(60):
+        base = past[int(rng.integers(len(past)))]
+        keep = int(rng.integers(len(base) // 2, len(base) + 1))
+        prompt = [*base[:keep], *m.text(int(rng.integers(1, 50)), 100 + step)][-400:]
+        n = int(rng.integers(1, 25))
+        emitted = text(fast, prompt, n, **SAMPLED)
+        assert emitted == fresh_text(plain, prompt, n, **SAMPLED)
+        past = [*past[-3:], [*prompt, *emitted]]
+        assert len(positions(fast)) <= 3
+    assert fast._session.checkpoints.stats.restored > 5
+
+
+# ---- checkpoints: bounds and options
+
+
+def test_at_most_so_many(model: ModelFactory, ours: LlamaFactory) -> None:
+    m = model("qwen35")
+    fast = ours(m, spec_checkpoints=2)
+    prompt = conversation(fast, m, 5)
+    assert len(positions(fast)) == 2
+    assert positions(fast)[-1] == len(prompt) - TAIL
+    size = fast._session.checkpoints._kept[0].state.nbytes
+    assert fast._session.checkpoints.n_bytes == 2 * size == fast.spec_memory["checkpoints"]
+
+
+def test_at_most_so_many_bytes(model: ModelFactory, ours: LlamaFactory) -> None:
+    m = model("qwen35")
+    fast = ours(m)
+    kept: Checkpoints = fast._session.checkpoints
+    text(fast, m.text(60), 1, **GREEDY)
+    kept.max_bytes = 2 * kept.n_bytes
+    conversation(fast, m, 5)
+    assert len(kept) == 2
+    kept.max_bytes = kept.n_bytes // 2 - 1
+    text(fast, m.text(60, 9), 1, **GREEDY)
+    assert (len(kept), kept.n_bytes, kept.limit) == (0, 0, 0)  # one alone is too large: no more
+
+
+def test_not_closer_than_the_least_step(model: ModelFactory, ours: LlamaFactory) -> None:
+    m = model("qwen35")
+    fast = ours(m)
+    prompt = m.text(60)
+    text(fast, prompt, 1, **GREEDY)
+    text(fast, [*prompt, *m.text(MIN_STEP - 1, 2)], 1, **GREEDY)
+    assert positions(fast) == [56]
+    text(fast, [*prompt, *m.text(MIN_STEP, 3)], 1, **GREEDY)
+    assert positions(fast) == [56, 56 + MIN_STEP]
+
+
+@pytest.mark.parametrize("arch", ["hy_v3", "mimo2"])
+def test_attention_needs_none(model: ModelFactory, ours: LlamaFactory, arch: str) -> None:
+    m = model(arch)
+    fast = ours(m)
+    conversation(fast, m, 3)
+    assert positions(fast) == []
+    assert "checkpoints" not in fast.spec_memory
+
+
+def test_option_and_environment(model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(model("qwen35").path)
+    with Llama(path, **COMMON) as fast:
+        assert fast._session.checkpoints.limit == 4
+    monkeypatch.setenv("LLAMA_ARG_CTX_CHECKPOINTS", "2")
+    with Llama(path, **COMMON) as fast:
+        assert fast._session.checkpoints.limit == 2
+        assert fast.__getstate__()["spec_checkpoints"] == 2
+    with Llama(path, spec_checkpoints=0, **COMMON) as fast:
+        assert fast._session.checkpoints.limit == 0
+    with pytest.raises(SpecTypeError, match="spec_checkpoints"):
+        Llama(path, spec_checkpoints=-1, **COMMON)
+
+
+def test_an_interrupt_while_going_back(
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m = model("qwen35", state_scale=1.0)
+    plain, fast = stock(m), ours(m)
+    prompt = conversation(fast, m, 3)
+    held = fast.input_ids[: fast.n_tokens].tolist()
+    again = [*prompt[:-2], *m.text(9, 9)]
+
+    def interrupted(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(C, "llama_memory_seq_rm", interrupted)
+        text(fast, again, 5, **SAMPLED)
+    for prompt in ([*held, *m.text(3, 5)], again):
+        assert text(fast, prompt, 20, **SAMPLED) == fresh_text(plain, prompt, 20, **SAMPLED)
