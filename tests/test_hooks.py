@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pluggy
 import pytest
+from conftest import LlamaFactory, ModelFactory
 
 from llama_mtp import hooks, registry
 from llama_mtp.errors import SpecTypeError
@@ -27,6 +28,7 @@ from llama_mtp.hooks import (
     hookimpl,
     specs,
 )
+from llama_mtp.identity import text
 
 SPECS = [
     name
@@ -155,6 +157,28 @@ def test_mtp_choose_depth(register: Callable[[object, str], None]) -> None:
     assert ask(request=request) == 2
     register(Plugin(0), "last registered is asked first")
     assert ask(request=request) == 0
+
+
+def test_a_plugin_that_chooses_the_depth_has_the_last_word(
+    register: Callable[[object, str], None], model: ModelFactory, ours: LlamaFactory
+) -> None:
+    """Also where the built-in policy would not draft, as with models this small."""
+    drafted: list[int] = []
+
+    class Plugin:
+        @hookimpl
+        def mtp_choose_depth(self, request: DraftRequest) -> int:
+            return 2
+
+        @hookimpl
+        def mtp_round_finished(self, verdict: Verdict) -> None:
+            drafted.append(verdict.n_drafted)
+
+    register(Plugin(), "two")
+    m = model("hy_v3")
+    text(ours(m, spec_draft_adaptive=True), m.text(10), 400)
+    assert len(drafted) > 100
+    assert set(drafted) == {2}
 
 
 def test_mtp_round_finished(register: Callable[[object, str], None]) -> None:

@@ -20,24 +20,34 @@ from llama_cpp import _internals as internals
 from llama_cpp import _logger
 from llama_cpp import llama_cpp as C
 from llama_cpp.llama import Llama as StockLlama
+from llama_cpp.llama import LlamaRAMCache, LlamaState, LogitsProcessorList
+from llama_cpp.llama_tokenizer import LlamaTokenizer as StockTokenizer
 
-from .errors import HostVersionError
+from .errors import HostVersionError, NativeError
 
 __all__ = [
     "BufferSizes",
     "C",
+    "LlamaRAMCache",
+    "LlamaState",
+    "LogitsProcessorList",
     "StockLlama",
+    "StockTokenizer",
     "address_of",
     "address_of_sampler",
     "address_table",
+    "architecture",
     "batch_layout",
     "check_version",
     "cpu_count",
     "draft_context",
     "internals",
     "keeps_everything",
+    "load_memory",
     "logits_row",
     "memory_end",
+    "memory_is_sound",
+    "save_memory",
     "version",
 ]
 
@@ -124,9 +134,43 @@ def memory_end(context: Any) -> int:
     return int(C.llama_memory_seq_pos_max(context.memory, 0)) + 1
 
 
+def memory_is_sound(context: Any) -> bool:
+    """Whether the positions of sequence 0 are such that later calls can remove all of them."""
+    first = int(C.llama_memory_seq_pos_min(context.memory, 0))
+    return memory_end(context) == 0 if first < 0 else memory_end(context) <= context.n_ctx()
+
+
 def keeps_everything(context: Any) -> bool:
     """Whether sequence 0 still reaches back to position 0 (sliding windows move on)."""
     return int(C.llama_memory_seq_pos_min(context.memory, 0)) <= 0
+
+
+def architecture(llama: Any) -> str:
+    """Return the model's architecture, by the name that GGUF files and saved states use."""
+    name = ctypes.create_string_buffer(64)
+    C.llama_model_meta_val_str(llama._model.model, b"general.architecture", name, len(name))
+    return name.value.decode()
+
+
+def save_memory(context: Any) -> bytes:
+    """Return the memory of a context as the host writes it; NativeError when it does not."""
+    size = int(C.llama_state_get_size(context.ctx))
+    data = np.empty(size, dtype=np.uint8)
+    pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    written = int(C.llama_state_get_data(context.ctx, pointer, size))
+    if not 0 < written <= size:
+        raise NativeError("The host failed to copy the state of a context.")
+    return data[:written].tobytes()
+
+
+def load_memory(context: Any, data: bytes | memoryview) -> bool:
+    """Replace the memory of a context by what the host wrote; False when it refuses the bytes.
+
+    It clears the memory before it looks at most of them.
+    """
+    array = np.frombuffer(data, dtype=np.uint8)  # the host only reads: no copy
+    pointer = array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    return int(C.llama_state_set_data(context.ctx, pointer, len(array))) == len(array)
 
 
 def logits_row(context: Any, row: int, n_vocab: int) -> npt.NDArray[np.single]:

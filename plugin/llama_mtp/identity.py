@@ -135,11 +135,17 @@ def _until_divergence(
     reference = stock.generate(context, **sampling)
     candidate = ours.generate(context, **sampling)
     before = stock._init_sampler(**sampling)
+    # Mirostat's state follows the rows, not the tokens alone: the stock sampler "in the same state"
+    # is one that was given every row of ours.
+    replay = stock._init_sampler(**sampling) if sampling.get("mirostat_mode") in (1, 2) else None
     emitted: list[int] = []
     try:
         for _ in range(n):
             expected, token = next(reference), next(candidate)
             emitted.append(token)
+            if replay is not None:
+                picked = _pick(replay, _row(ours, ours._session.live_row))
+                C.llama_sampler_accept(replay.sampler, picked)
             if token != expected:
                 stock_row = _row(stock, -1)
                 our_row = _row(ours, ours._session.live_row)
@@ -150,7 +156,7 @@ def _until_divergence(
                     our_token=token,
                     difference=float(np.abs(our_row - stock_row).max()),
                     tolerance=2 * noise,
-                    sampler_token=_pick(before, our_row),
+                    sampler_token=_pick(before, our_row) if replay is None else picked,
                 )
             before = stock._sampler.clone()
         return emitted, None
@@ -200,8 +206,8 @@ def _batch_row(stock: Any, tokens: Sequence[int], k: int) -> Row:
 def _pick(sampler: Any, row: Row) -> int:
     """Return what ``sampler`` chooses from ``row``."""
     data = (C.llama_token_data * len(row))()
-    for i, logit in enumerate(row):
-        data[i] = C.llama_token_data(i, float(logit), 0.0)
+    table = np.frombuffer(data, dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+    table["id"], table["logit"] = np.arange(len(row)), row
     array = C.llama_token_data_array(data=data, size=len(row), selected=-1, sorted=False)
     C.llama_sampler_apply(sampler.sampler, ctypes.byref(array))
     return int(array.data[array.selected].id)

@@ -6,6 +6,7 @@ reset and the state calls keep it in step. Everything else is the host's own cod
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Generator, Sequence
@@ -14,8 +15,18 @@ from typing import Any
 import numpy as np
 
 from . import host
+from . import state as saved
 from ._engine import ffi
-from .errors import ClosedError, HostVersionError, NativeError, RollbackRefused, SpecTypeError
+from .checkpoints import TAIL
+from .completion import complete
+from .errors import (
+    BusyError,
+    ClosedError,
+    HostVersionError,
+    NativeError,
+    RollbackRefused,
+    SpecTypeError,
+)
 from .session import Session, unwatch, watch
 from .settings import Plan, make_plan, read_options
 from .stats import SpecStats
@@ -24,7 +35,21 @@ logger = logging.getLogger("llama_mtp")
 
 _STOCK_INIT = inspect.signature(host.StockLlama.__init__)
 _STOCK_GENERATE = inspect.signature(host.StockLlama.generate)
+_NO_TOKEN = -1  # llama.cpp's LLAMA_TOKEN_NULL
 _SAMPLING = tuple(inspect.signature(host.StockLlama._init_sampler).parameters)[1:]
+
+
+def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let one thread at a time into a method of an object with a session; BusyError for others."""
+
+    @functools.wraps(method)
+    def alone(self: Llama, *args: Any, **kwargs: Any) -> Any:
+        if self._session is None:
+            return method(self, *args, **kwargs)
+        with self._session.entry:
+            return method(self, *args, **kwargs)
+
+    return alone
 
 
 class Llama(host.StockLlama):
@@ -42,9 +67,12 @@ class Llama(host.StockLlama):
         spec_draft_type_k, spec_draft_type_v: ggml types of the draft context's own KV cache.
         spec_draft_adaptive: let measured costs and acceptance choose the depth up to the bound;
             ``False`` keeps it constant.
+        spec_checkpoints: most copies of the recurrent state of a hybrid model to keep near the ends
+            of prompts (default 4, at most 512 MiB together; 0: none), so that a chat whose last
+            turn changed is not read again from its start.
 
     The environment variables ``LLAMA_ARG_SPEC_TYPE``, ``LLAMA_ARG_SPEC_DRAFT_N_MAX``, ``..._N_MIN``
-    and ``..._P_MIN`` stand in for arguments that are not given.
+    and ``..._P_MIN`` and ``LLAMA_ARG_CTX_CHECKPOINTS`` stand in for arguments that are not given.
 
     Raises:
         SpecTypeError: the spec type is unknown, or cannot be honoured with this file or these
@@ -66,11 +94,14 @@ class Llama(host.StockLlama):
         spec_draft_type_k: int | None = None,
         spec_draft_type_v: int | None = None,
         spec_draft_adaptive: bool = True,
+        spec_checkpoints: int | None = None,
         **stock: Any,
     ) -> None:
         self._session: Session | None = None
         self._plan: Plan | None = None
         self._callback_error: BaseException | None = None
+        self._in_callback = False
+        self._generation: object | None = None  # whose text the context holds
         self._spec_memory: dict[str, int] = {}
         for name in stock:  # the stock class swallows what it does not know
             if name.startswith("spec_") and name not in _STOCK_INIT.parameters:
@@ -83,6 +114,7 @@ class Llama(host.StockLlama):
             spec_draft_type_k,
             spec_draft_type_v,
             spec_draft_adaptive,
+            spec_checkpoints,
         )
         self._wants_all_rows = bool(stock.get("logits_all"))
         self._plan = make_plan(model_path, self._options, stock)
@@ -188,8 +220,9 @@ class Llama(host.StockLlama):
 
     @property
     def spec_memory(self) -> dict[str, int]:
-        """Buffers as the host reported them while loading: bytes by context and part."""
-        return dict(self._spec_memory)
+        """Bytes by context and part, as the host reported while loading, and of checkpoints."""
+        kept = self._session.checkpoints.n_bytes if self._session is not None else 0
+        return {**self._spec_memory, **({"checkpoints": kept} if kept else {})}
 
     # ---- generation
 
@@ -211,33 +244,55 @@ class Llama(host.StockLlama):
         bound.apply_defaults()
         options = bound.arguments
         stopping_criteria = options["stopping_criteria"]
-        chain = self._init_sampler(**{k: v for k, v in options.items() if k in _SAMPLING})
-        self._sampler = chain
-        address = ffi.cast("void *", host.address_of_sampler(chain))
+        with session.entry:
+            chain = self._init_sampler(**{k: v for k, v in options.items() if k in _SAMPLING})
+            self._sampler = chain
+            address = ffi.cast("void *", host.address_of_sampler(chain))
 
-        session.settle()
-        prompt = list(tokens)
-        if options["reset"] and self.n_tokens > 0:
-            prompt = self._reuse_prefix(prompt)
-        elif options["reset"]:
-            self.reset()
-        if prompt:
-            self.eval(prompt)
-        session.begin_generation(self._input_ids)
+            session.settle()
+            prompt = list(tokens)
+            if options["reset"] and self.n_tokens > 0:
+                prompt = self._reuse_prefix(prompt)
+            elif options["reset"]:
+                self.reset()
+            if prompt:
+                self._eval_prompt(prompt)
+            session.begin_generation(self._input_ids)
+            self._generation = mine = object()
+            evaluated = self._input_ids.tolist()
         try:
-            token = self._sample_live(chain)
+            with session.entry:
+                token = self._sample_live(chain)
             while True:
-                if stopping_criteria is not None and stopping_criteria(
-                    self._input_ids,
-                    host.logits_row(self._ctx, session.live_row, self._n_vocab),
-                ):
-                    return
+                if stopping_criteria is not None:
+                    with session.entry:
+                        row = host.logits_row(self._ctx, session.live_row, self._n_vocab)
+                        if stopping_criteria(self._input_ids, row):
+                            return
                 sent = yield token
-                token = self._next(session, chain, address, token, sent)
+                with session.entry:
+                    if self._generation is not mine or self.n_tokens != len(evaluated):
+                        self._take_up(session, chain, evaluated)
+                        self._generation = mine
+                    evaluated.append(token)
+                    token = self._next(session, chain, address, token, sent)
         finally:
             # Booked, not rolled back: what comes next may want to go further back in one step.
-            if not session.closed:
+            if self._generation is mine and not session.closed:
                 session.finish_round()
+
+    def _take_up(self, session: Session, chain: Any, evaluated: list[int]) -> None:
+        """Go back to a generation's own text after something else has used the object."""
+        if session.closed:
+            raise ClosedError("The model is closed; make a new Llama object.")
+        if any(token < 0 for token in evaluated):
+            raise NativeError("The text before this token holds an image and has been overtaken.")
+        self._sampler = chain
+        session.settle()
+        rest = self._reuse_prefix(evaluated) if self.n_tokens else evaluated
+        if rest:
+            self.eval(rest)
+        session.align(self._input_ids)
 
     def _next(
         self, session: Session, chain: Any, address: Any, last: int, sent: Sequence[int] | None
@@ -245,25 +300,34 @@ class Llama(host.StockLlama):
         """Return the token after ``last``; stock's invariant at every sample: last is evaluated."""
         pos = self.n_tokens
         if pos >= len(self.input_ids) or pos >= self._n_ctx:
+            mine = self._generation
             self.eval([last])  # stock goes on to the end of the padded memory, and fails there
+            self._generation = mine
             return self._sample_live(chain)
         self.input_ids[pos] = last
-        self.n_tokens = pos + 1
-        self._requires_eval = False
         try:
-            token = session.next(address, last, pos, self._input_ids, sent)
-        except RollbackRefused:
-            self.n_tokens = pos
-            self._evaluate_again()
             self.n_tokens = pos + 1
-            token = session.next(address, last, pos, self._input_ids, sent)
-        except NativeError:
-            self.n_tokens = pos
+            self._requires_eval = False
+            token = self._step(session, address, last, pos, sent)
+        except BaseException:  # an interrupt too: only what was evaluated counts
+            if self.n_tokens == pos + 1 > session.n_past:
+                self.n_tokens = pos
             raise
         if self._logits_all:
             self.scores[pos] = host.logits_row(self._ctx, session.live_row, self._n_vocab)
         self._raise_callback_error()
         return token
+
+    def _step(
+        self, session: Session, address: Any, last: int, pos: int, sent: Sequence[int] | None
+    ) -> int:
+        try:
+            return session.next(address, last, pos, self._input_ids, sent)
+        except RollbackRefused:
+            self.n_tokens = pos
+            self._evaluate_again()
+            self.n_tokens = pos + 1
+            return session.next(address, last, pos, self._input_ids, sent)
 
     def _sample_live(self, chain: Any) -> int:
         token = int(chain.sample(self._ctx, self._live_row()))
@@ -284,36 +348,59 @@ class Llama(host.StockLlama):
     def _reuse_prefix(self, prompt: list[int]) -> list[int]:
         """Cut the context to what it shares with ``prompt`` and return the rest to evaluate.
 
-        Unlike stock, never on the memory's word alone: a recurrent state that is not kept, or a
-        sliding window that has moved on, means to start over.
+        Unlike stock, never on the memory's word alone: where a recurrent state is not kept, the
+        deepest checkpoint has to do; without one, or where a sliding window has moved on, the
+        context starts over.
         """
         session = self._session
         assert session is not None
         if session.n_past != self.n_tokens:
             self.reset()
             return prompt
-        n = min(self.n_tokens, len(prompt))
+        n = min(self.n_tokens, len(prompt), len(self.input_ids))  # n_ctx is padded, ids are not
         differs = np.flatnonzero(self.input_ids[:n] != np.asarray(prompt[:n], dtype=np.intc))
         shared = int(differs[0]) if len(differs) else n
         if shared == len(prompt) == self.n_tokens and session.live_row >= 0:
             return []
         keep = min(shared, len(prompt) - 1)
         whole = session.recurrent or keep == self.n_tokens or host.keeps_everything(self._ctx)
-        if keep <= 0 or not whole or not session.can_truncate(keep):
+        if keep <= 0 or not whole:
             self.reset()
             return prompt
-        session.truncate(keep)
+        if session.can_truncate(keep):
+            session.truncate(keep)
+        else:
+            keep = session.restore(prompt)
+            if keep == 0:
+                self.reset()
+                return prompt
         self.n_tokens = keep
         self._requires_eval = True
         return prompt[keep:]
 
+    def _eval_prompt(self, prompt: list[int]) -> None:
+        """Evaluate a prompt, with a checkpoint a few tokens before its end."""
+        session = self._session
+        assert session is not None
+        head = len(prompt) - TAIL
+        if head > 0 and session.checkpoints.wanted(self.n_tokens + head):
+            self.eval(prompt[:head])
+            session.checkpoints.save(self._input_ids)
+            prompt = prompt[head:]
+        self.eval(prompt)
+
+    @_alone
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens after the ``n_tokens`` that count so far, as stock does."""
         session = self._session
+        self._generation = None
         if session is not None:
             session.settle()
             if self.n_tokens <= session.n_past and not session.can_truncate(self.n_tokens):
                 self._evaluate_again()
+            # Decoded behind our back (libmtmd): an image has no tokens that a prompt could share,
+            # and stock leaves there what stood there before.
+            self.input_ids[session.n_past : self.n_tokens] = _NO_TOKEN
         super().eval(tokens)
 
     def _evaluate_again(self) -> None:
@@ -327,6 +414,7 @@ class Llama(host.StockLlama):
         self._ctx.kv_cache_clear()
         super().eval(text)
 
+    @_alone
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
         """Sample from the last position, or the one that ``idx`` names, as stock does."""
         if self._session is not None:
@@ -336,6 +424,17 @@ class Llama(host.StockLlama):
         token = int(super().sample(*args, idx=idx, **kwargs))
         self._raise_callback_error()
         return token
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """Yield a completion; see :mod:`llama_mtp.completion`."""
+        # A tokenizer of the caller's may say of a token what depends on those before it.
+        own_text = (
+            type(self.tokenizer_) is not host.StockTokenizer
+            or type(self).detokenize is not host.StockLlama.detokenize
+        )
+        if self._session is None or self.draft_model is not None or own_text:
+            return super()._create_completion(*args, **kwargs)
+        return complete(self, *args, **kwargs)
 
     # ---- Python callbacks: ctypes would swallow what they raise
 
@@ -348,10 +447,13 @@ class Llama(host.StockLlama):
     def _guard(self, processor: Callable[..., Any]) -> Callable[..., Any]:
         def guarded(input_ids: Any, scores: Any) -> Any:
             if self._callback_error is None:
+                self._in_callback = True
                 try:
                     return processor(input_ids, scores)
                 except BaseException as e:
                     self._callback_error = e
+                finally:
+                    self._in_callback = False
             return scores
 
         return guarded
@@ -363,24 +465,44 @@ class Llama(host.StockLlama):
 
     # ---- state
 
+    @_alone
     def reset(self) -> None:
         """Forget the text; the next evaluation starts at position 0."""
+        self._generation = None
         super().reset()
         if self._session is not None:
             self._session.finish_round()
             if self._session.recurrent:
                 self._session.forget(0)  # stock has just cleared the memory
 
+    @_alone
     def save_state(self) -> Any:
-        if self._session is not None:
-            self._session.settle()
-        return super().save_state()
+        """Return a stock ``LlamaState`` that carries the draft in one more attribute of bytes.
 
+        It loads into stock objects and unpickles without this package.
+        """
+        if self._session is None:
+            return super().save_state()
+        return saved.save_state(self, self._session)
+
+    @_alone
     def load_state(self, state: Any) -> None:
-        super().load_state(state)
+        """Go on from a saved state: one of ours brings its draft, a stock one starts it empty.
+
+        Raises StateError, and changes nothing, when it is damaged, of another model or of other
+        sizes.
+        """
+        if self._session is None:
+            super().load_state(state)
+        else:
+            self._generation = None
+            saved.load_state(self, self._session, state)
+
+    def set_cache(self, cache: Any) -> None:
+        """Set the cache of states; a ``LlamaRAMCache`` counts the draft's bytes from now on."""
         if self._session is not None:
-            self._session.forget(host.memory_end(self._ctx))
-            self._session.align(self._input_ids)
+            saved.count_spec_state(cache)
+        super().set_cache(cache)
 
     def __getstate__(self) -> dict[str, Any]:
         options = self._options
@@ -393,15 +515,22 @@ class Llama(host.StockLlama):
             "spec_draft_type_k": options.type_k,
             "spec_draft_type_v": options.type_v,
             "spec_draft_adaptive": options.adaptive,
+            "spec_checkpoints": options.checkpoints,
         }
 
     # ---- lifetime: session, target context, model
 
     def close(self) -> None:
-        """Free the draft context, then the host's own objects. Idempotent."""
+        """Free the draft context, then the host's own objects. Idempotent.
+
+        Waits for the step that another thread is in. Raises BusyError from inside a callback.
+        """
         session = getattr(self, "_session", None)
         if session is not None:
-            session.close()
+            if self._in_callback:
+                raise BusyError("close() from inside a callback; close after the generation.")
+            with session.entry.last():
+                session.close()
             if hasattr(self, "_ctx"):
                 unwatch(self._ctx)
         if hasattr(self, "_stack"):

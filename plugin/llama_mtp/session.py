@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,14 +19,39 @@ import numpy.typing as npt
 
 from . import host
 from ._engine import api_names, check, ffi, lib, open_session
+from .checkpoints import Checkpoints
 from .depth import DepthPolicy
-from .errors import RollbackRefused
+from .errors import BusyError, ClosedError, RollbackRefused
 from .hooks import Drafter, DraftRequest, SpecSettings, Verdict
 from .registry import plugin_manager
 from .settings import Plan
 from .stats import SpecStats
 
 logger = logging.getLogger("llama_mtp")
+
+
+class Entry:
+    """One thread at a time: a second one gets BusyError, the first may come in again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._closing = False
+
+    def __enter__(self) -> None:
+        if self._closing:
+            raise ClosedError("The model is closed; make a new Llama object.")
+        if not self._lock.acquire(blocking=False):
+            raise BusyError("Another thread is using this Llama object; give each thread its own.")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    @contextmanager
+    def last(self) -> Iterator[None]:
+        """Let nobody in any more, and come in when the thread that is inside has left."""
+        self._closing = True
+        with self._lock:
+            yield
 
 
 class Session:
@@ -37,6 +64,7 @@ class Session:
     def __init__(self, plan: Plan, target: Any, draft: Any | None, n_batch: int, n_ubatch: int):
         host.check_version()
         self._handle: Any = ffi.NULL
+        self.entry = Entry()
         self._draft = draft
         model = target.model.model
         n_vocab = target.model.n_vocab()
@@ -65,6 +93,7 @@ class Session:
         )
         options = plan.options
         self.recurrent = rollback == "snapshots"
+        self.checkpoints = Checkpoints(target, options.checkpoints if self.recurrent else 0)
         self.stats = SpecStats()
         self.policy = DepthPolicy(
             plan.depth, min(options.n_min, plan.depth), adaptive=options.adaptive
@@ -140,6 +169,7 @@ class Session:
             check(lib.mtp_next(handle, sampler, last, pos, 0, 0.0, step), handle)
         else:
             self.finish_round()
+            self.checkpoints.cut(pos)
             self._proposed = proposed is not None
             depth = self._depth(context)
             if self._drafter is None and proposed is None:
@@ -163,14 +193,12 @@ class Session:
         return int(step.token)
 
     def _depth(self, context: npt.NDArray[np.intc]) -> int:
-        depth = self.policy.choose()
-        if depth and self._ask_depth:
-            answer = self._hooks.mtp_choose_depth(
-                request=DraftRequest(_read_only(context), self.policy.depth_max)
-            )
+        most = self.policy.depth_max
+        if most and self._ask_depth:
+            answer = self._hooks.mtp_choose_depth(request=DraftRequest(_read_only(context), most))
             if answer is not None:
-                depth = max(0, min(int(answer), self.policy.depth_max))
-        return depth
+                return max(0, min(int(answer), most))
+        return self.policy.choose()
 
     def _ask_drafter(self, context: npt.NDArray[np.intc], depth: int) -> tuple[list[int], int]:
         assert self._drafter is not None
@@ -251,6 +279,7 @@ class Session:
     def capture(self, batch: Any) -> None:
         """Take the hidden rows of a decode that the host just did (a ``llama_batch``)."""
         handle = self._handle
+        self.checkpoints.cut(batch.pos[0])
         tokens = ffi.cast("int32_t *", ctypes.addressof(batch.token.contents))
         check(lib.mtp_capture(handle, tokens, batch.n_tokens, batch.pos[0]), handle)
 
@@ -275,17 +304,67 @@ class Session:
     def truncate(self, n_past: int) -> None:
         """Cut both contexts to ``n_past`` positions; RollbackRefused where the state is gone."""
         self.finish_round()
+        self.checkpoints.cut(n_past)
         check(lib.mtp_truncate(self._handle, n_past), self._handle)
 
     def forget(self, n_past: int) -> None:
         """Someone replaced the target's memory, which now ends at ``n_past``."""
         self.finish_round()
+        self.checkpoints.clear()
         check(lib.mtp_forget(self._handle, n_past), self._handle)
+
+    def restore(self, prompt: Sequence[int]) -> int:
+        """Take both contexts back to the deepest checkpoint inside ``prompt``; its length, or 0.
+
+        After 0 the target's memory is not to be used before it is cleared.
+        """
+        kept = self.checkpoints.find(prompt)
+        if kept is None:
+            return 0
+        self.settle()
+        # Before the memory changes: an interrupt in between then shows as two ends that differ.
+        check(lib.mtp_forget(self._handle, kept.n_past), self._handle)
+        self.align(kept.history)
+        if not self.checkpoints.restore(kept):
+            self.forget(0)
+            return 0
+        return kept.n_past
 
     def align(self, context: npt.NDArray[np.intc]) -> None:
         """Cut the draft context to the prefix that it has in common with ``context``."""
         tokens = ffi.from_buffer("int32_t[]", np.ascontiguousarray(context, dtype=np.int32))
         check(lib.mtp_align(self._handle, tokens, len(context)), self._handle)
+
+    # ---- state
+
+    @property
+    def draft_context(self) -> Any | None:
+        """The host's ``LlamaContext`` of the draft; None where drafts come from elsewhere."""
+        return self._draft
+
+    def save_draft(self) -> bytes:
+        """End a round in the middle and return what waits for the draft context.
+
+        Its memory, which the host saves, then holds nothing but true rows.
+        """
+        self.finish_round()
+        handle, size = self._handle, ffi.new("size_t *")
+        check(lib.mtp_state_size(handle, size), handle)
+        data = bytearray(size[0])
+        check(lib.mtp_state_get(handle, ffi.from_buffer(data), size[0]), handle)
+        return bytes(data)
+
+    def check_draft(self, queue: bytes) -> None:
+        """Raise NativeError, with the reason, where :meth:`load_draft` would."""
+        check(lib.mtp_state_check(self._handle, ffi.from_buffer(queue), len(queue)), self._handle)
+
+    def load_draft(self, queue: bytes | None) -> None:
+        """After :meth:`forget`: take over ``queue``, whose memory the draft context has back.
+
+        Without one the draft context is emptied and starts at the end of the target's text.
+        """
+        data = ffi.NULL if queue is None else ffi.from_buffer(queue)
+        check(lib.mtp_state_set(self._handle, data, len(queue or b"")), self._handle)
 
 
 def _read_only(context: npt.NDArray[np.intc]) -> npt.NDArray[np.int32]:
@@ -316,11 +395,11 @@ def watch(target: Any, session: Session, n_outputs_max: int) -> None:
         session.settle()
         try:
             decode(batch)
-        except RuntimeError:
+            session.capture(rows)
+        except BaseException:  # an interrupt too
             # Some rows may be in: believe the memory, so that a recurrent state is evaluated anew.
             session.forget(host.memory_end(target))
             raise
-        session.capture(rows)
 
     def rules_then_remove(seq_id: int, p0: int, p1: int) -> bool:
         session.settle()
