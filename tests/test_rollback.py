@@ -13,6 +13,7 @@ import models
 import pytest
 from conftest import LlamaFactory, ModelFactory, StockFactory
 
+from llama_mtp import host
 from llama_mtp.identity import fresh_text, text
 
 GREEDY: dict[str, Any] = {"temp": 0.0}
@@ -155,3 +156,14 @@ def test_eval_and_sample_by_hand(
             llama.eval([token])
         texts.append(emitted)
     assert texts[0] == texts[1]
+
+
+def test_a_hole_in_the_middle_empties_the_draft(model: ModelFactory, ours: LlamaFactory) -> None:
+    """Positions that the target lost are not to be drafted from."""
+    m = model("hy_v3")
+    fast = ours(m)
+    text(fast, m.text(30), 12, **GREEDY)
+    draft = fast._session.draft_context
+    assert host.memory_end(draft) > 30
+    assert fast._ctx.kv_cache_seq_rm(0, 5, 9)
+    assert host.memory_end(draft) == 0

@@ -106,18 +106,23 @@ bool drafter::decode() {
     return true;
 }
 
+// Starts a batch with the rows that wait, behind the true rows of the memory.
+void drafter::load_waiting() {
+    drop_unverified();
+    batch_.clear();
+    for (int32_t p = queue_.decoded(); p < queue_.end(); ++p) {
+        batch_.push(queue_.token(p), p, false, queue_.hidden(p));
+    }
+    memory_end_ = queue_.decoded();
+}
+
 // The waiting rows alone, without an output: a prompt longer than n_batch, or a long stretch at depth 0.
 void drafter::catch_up() {
     if (queue_.waiting() == 0) {
         return;
     }
-    drop_unverified();
-    batch_.clear();
+    load_waiting();
     const int32_t end = queue_.end();
-    for (int32_t p = queue_.decoded(); p < end; ++p) {
-        batch_.push(queue_.token(p), p, false, queue_.hidden(p));
-    }
-    memory_end_ = queue_.decoded();
     if (decode()) {
         queue_.mark_decoded(end);
     }
@@ -133,13 +138,8 @@ std::vector<int32_t> drafter::draft(int32_t last, int32_t pos, int32_t depth, fl
     }
 
     // Catch-up and first step in one decode; only its last row is an output.
-    drop_unverified();
-    batch_.clear();
-    for (int32_t p = queue_.decoded(); p < pos; ++p) {
-        batch_.push(queue_.token(p), p, false, queue_.hidden(p));
-    }
+    load_waiting();
     batch_.push(last, pos, true, queue_.hidden(pos));
-    memory_end_ = queue_.decoded();
     if (!decode()) {
         return drafts;
     }

@@ -60,6 +60,7 @@ class drafter {
         float   p;
     };
 
+    void load_waiting();
     void catch_up();
     bool decode();
     void drop_unverified();

@@ -210,6 +210,27 @@ void mtp_session::commit(int32_t n_rows) {
 
 namespace {
 
+// Runs body and turns what it throws into a status and a sentence.
+template <typename F> int guarded(std::string & error, F && body) {
+    try {
+        error.clear();
+        body();
+        return MTP_OK;
+    } catch (const failure & e) {
+        error = e.what();
+        return e.status;
+    } catch (const std::bad_alloc &) {
+        error = "out of memory";  // short enough to need none
+        return MTP_NO_MEMORY;
+    } catch (const std::exception & e) {
+        error = e.what();
+        return MTP_EXCEPTION;
+    } catch (...) {
+        error = "the host threw something that is not an exception";
+        return MTP_EXCEPTION;
+    }
+}
+
 template <typename F> int enter(mtp_session * session, F && body) {
     if (session == nullptr) {
         return MTP_INVALID;
@@ -222,22 +243,7 @@ template <typename F> int enter(mtp_session * session, F && body) {
         ~leave() { flag.clear(std::memory_order_release); }
     } guard{ session->inside };
     mtp::stopwatch watch(session->counters.total_ns);
-    try {
-        session->error.clear();
-        body(*session);
-        return MTP_OK;
-    } catch (const failure & e) {
-        session->error = e.what();
-        return e.status;
-    } catch (const std::bad_alloc &) {
-        return MTP_NO_MEMORY;
-    } catch (const std::exception & e) {
-        session->error = e.what();
-        return MTP_EXCEPTION;
-    } catch (...) {
-        session->error = "the host threw something that is not an exception";
-        return MTP_EXCEPTION;
-    }
+    return guarded(session->error, [&] { body(*session); });
 }
 
 }  // namespace
@@ -260,22 +266,12 @@ int mtp_session_open(const mtp_host_api * api, const mtp_host_layout * layout, c
         return MTP_INVALID;
     }
     *out = nullptr;
-    try {
-        *out = new mtp_session(*api, *layout, *params);
-        return MTP_OK;
-    } catch (const failure & e) {
-        say(e.what());
-        return e.status;
-    } catch (const std::bad_alloc &) {
-        say("out of memory");
-        return MTP_NO_MEMORY;
-    } catch (const std::exception & e) {
-        say(e.what());
-        return MTP_EXCEPTION;
-    } catch (...) {
-        say("the host threw something that is not an exception");
-        return MTP_EXCEPTION;
+    std::string error;
+    const int   status = guarded(error, [&] { *out = new mtp_session(*api, *layout, *params); });
+    if (status != MTP_OK) {
+        say(error.c_str());
     }
+    return status;
 }
 
 void mtp_session_close(mtp_session * session, int detach) {

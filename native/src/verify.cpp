@@ -25,10 +25,14 @@ void verifier::set_undo(int32_t n_rows) {
     undo_ = std::min(params_.n_rs_seq, n_rows - 1);
 }
 
-void verifier::observe_decode(int32_t n, int32_t pos) {
+void verifier::close_round() {
     row_tokens_.clear();
     sampled_ = accepted_ = 0;
     rejected_            = false;
+}
+
+void verifier::observe_decode(int32_t n, int32_t pos) {
+    close_round();
     base_                = pos;
     set_undo(n);
     base_ += n;
@@ -36,9 +40,7 @@ void verifier::observe_decode(int32_t n, int32_t pos) {
 }
 
 void verifier::forget(int32_t n_past) {
-    row_tokens_.clear();
-    sampled_ = accepted_ = 0;
-    rejected_            = false;
+    close_round();
     base_                = n_past;
     live_row_            = -1;
     undo_                = params_.rollback == MTP_ROLLBACK_ATTENTION ? n_past : 0;

@@ -72,6 +72,7 @@ class verifier {
     // Row 0 holds `last`, which is text already: it stays even when its sample was never taken.
     int32_t kept() const { return in_round() ? (sampled_ > 0 ? sampled_ : 1) : 0; }
     void    set_undo(int32_t n_rows);
+    void    close_round();
 
     const host_api &         api_;
     const mtp_session_params params_;

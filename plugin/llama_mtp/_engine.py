@@ -37,9 +37,9 @@ def check(status: int, handle: Any) -> None:
     if status == lib.MTP_OK:
         return
     if handle == ffi.NULL:
-        raise ClosedError("The model is closed; make a new Llama object.")
+        raise ClosedError()
     if status == lib.MTP_BUSY:
-        raise BusyError("Another thread is using this Llama object; give each thread its own.")
+        raise BusyError()
     raise _EXCEPTIONS[status](ffi.string(lib.mtp_session_error(handle)).decode())
 
 

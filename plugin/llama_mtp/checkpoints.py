@@ -12,7 +12,6 @@ it, or replaced, the checkpoint is gone. Those that are left are prefixes of wha
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import time
 from collections.abc import Sequence
@@ -37,7 +36,6 @@ TAIL = 4
 MIN_STEP = 32
 
 _PARTIAL = host.C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
-_BYTE_P = ctypes.POINTER(ctypes.c_uint8)
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,8 @@ class Checkpoints:
         ):
             self._kept.pop(0)
         state = np.empty(size, dtype=np.uint8)
-        if host.C.llama_state_seq_get_data_ext(ctx, _pointer(state), size, 0, _PARTIAL) != size:
+        data = host.pointer_to(state)
+        if host.C.llama_state_seq_get_data_ext(ctx, data, size, 0, _PARTIAL) != size:
             return
         self._kept.append(Checkpoint(history.copy(), state))
         self.stats.saved += 1
@@ -152,7 +151,8 @@ class Checkpoints:
         state, ctx, n = kept.state, self._target.ctx, kept.n_past
         # State first: the removal that follows then lies behind the recurrent part's last position
         # and concerns attention cells only (llama-memory-hybrid.cpp asks the recurrent part first).
-        size = host.C.llama_state_seq_set_data_ext(ctx, _pointer(state), len(state), 0, _PARTIAL)
+        data = host.pointer_to(state)
+        size = host.C.llama_state_seq_set_data_ext(ctx, data, len(state), 0, _PARTIAL)
         done = (
             int(size) == len(state)
             and bool(host.C.llama_memory_seq_rm(self._target.memory, 0, n, -1))
@@ -165,7 +165,3 @@ class Checkpoints:
         else:
             logger.warning("a checkpoint at %d of %d was refused; reading all again", n, end)
         return done
-
-
-def _pointer(buffer: npt.NDArray[np.uint8]) -> Any:
-    return buffer.ctypes.data_as(_BYTE_P)

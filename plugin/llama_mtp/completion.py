@@ -40,6 +40,7 @@ import numpy.typing as npt
 
 from . import host
 from .errors import ClosedError, StateError
+from .session import shared_prefix
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -321,19 +322,13 @@ def _look_up(llama: Llama, tokens: list[int]) -> None:
     """Load the cached state that shares most with ``tokens``, where it beats what is there."""
     try:
         item = llama.cache[tokens]
-        if _shared(item.input_ids, tokens) > _shared(llama._input_ids, tokens):
+        if shared_prefix(item.input_ids, tokens) > shared_prefix(llama._input_ids, tokens):
             llama.load_state(item)
             if llama.verbose:
                 print("Llama._create_completion: cache hit", file=sys.stderr)
     except (KeyError, StateError):  # a cache shared by two models holds states of both
         if llama.verbose:
             print("Llama._create_completion: cache miss", file=sys.stderr)
-
-
-def _shared(a: npt.NDArray[np.intc], b: Sequence[int]) -> int:
-    n = min(len(a), len(b))
-    differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n], dtype=np.intc))
-    return int(differs[0]) if len(differs) else n
 
 
 def _save(llama: Llama, tokens: list[int]) -> None:
@@ -395,7 +390,7 @@ def complete(
     session = llama._session
     assert session is not None
     if session.closed:
-        raise ClosedError("The model is closed; make a new Llama object.")
+        raise ClosedError()
 
     frame = {
         "id": f"cmpl-{uuid.uuid4()!s}",

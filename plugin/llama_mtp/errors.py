@@ -30,9 +30,18 @@ class NativeError(LlamaMtpError, RuntimeError):
 class BusyError(NativeError):
     """Two threads entered one object at once."""
 
+    def __init__(
+        self,
+        text: str = "Another thread is using this Llama object; give each thread its own.",
+    ) -> None:
+        super().__init__(text)
+
 
 class ClosedError(NativeError):
     """The object was used after ``close()``."""
+
+    def __init__(self, text: str = "The model is closed; make a new Llama object.") -> None:
+        super().__init__(text)
 
 
 class RollbackRefused(NativeError):

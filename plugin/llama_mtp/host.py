@@ -47,6 +47,7 @@ __all__ = [
     "logits_row",
     "memory_end",
     "memory_is_sound",
+    "pointer_to",
     "save_memory",
     "version",
 ]
@@ -152,12 +153,16 @@ def architecture(llama: Any) -> str:
     return name.value.decode()
 
 
+def pointer_to(data: npt.NDArray[np.uint8]) -> Any:
+    """Return the ``uint8_t *`` of an array that the caller keeps alive."""
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
 def save_memory(context: Any) -> bytes:
     """Return the memory of a context as the host writes it; NativeError when it does not."""
     size = int(C.llama_state_get_size(context.ctx))
     data = np.empty(size, dtype=np.uint8)
-    pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-    written = int(C.llama_state_get_data(context.ctx, pointer, size))
+    written = int(C.llama_state_get_data(context.ctx, pointer_to(data), size))
     if not 0 < written <= size:
         raise NativeError("The host failed to copy the state of a context.")
     return data[:written].tobytes()
@@ -169,8 +174,7 @@ def load_memory(context: Any, data: bytes | memoryview) -> bool:
     It clears the memory before it looks at most of them.
     """
     array = np.frombuffer(data, dtype=np.uint8)  # the host only reads: no copy
-    pointer = array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-    return int(C.llama_state_set_data(context.ctx, pointer, len(array))) == len(array)
+    return int(C.llama_state_set_data(context.ctx, pointer_to(array), len(array))) == len(array)
 
 
 def logits_row(context: Any, row: int, n_vocab: int) -> npt.NDArray[np.single]:

@@ -12,8 +12,6 @@ import logging
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import numpy as np
-
 from . import host
 from . import state as saved
 from ._engine import ffi
@@ -27,7 +25,7 @@ from .errors import (
     RollbackRefused,
     SpecTypeError,
 )
-from .session import Session, unwatch, watch
+from .session import Session, shared_prefix, unwatch, watch
 from .settings import Plan, make_plan, read_options
 from .stats import SpecStats
 
@@ -101,6 +99,7 @@ class Llama(host.StockLlama):
         self._plan: Plan | None = None
         self._callback_error: BaseException | None = None
         self._in_callback = False
+        self._fields_set = 0
         self._generation: object | None = None  # whose text the context holds
         self._spec_memory: dict[str, int] = {}
         for name in stock:  # the stock class swallows what it does not know
@@ -177,7 +176,7 @@ class Llama(host.StockLlama):
     def model_params(self, params: Any) -> None:
         if self._plan is not None and self._plan.spec.needs_head:
             params.load_mtp = True
-        self._fields_set = getattr(self, "_fields_set", 0) + 1
+        self._fields_set += 1
         self.__dict__["model_params"] = params
 
     @property
@@ -192,7 +191,7 @@ class Llama(host.StockLlama):
             if not self._wants_all_rows:
                 # Default 0 reserves n_ubatch rows of logits; a round needs 1 + depth.
                 params.n_outputs_max = 1 + plan.depth
-        self._fields_set = getattr(self, "_fields_set", 0) + 1
+        self._fields_set += 1
         self.__dict__["context_params"] = params
 
     # ---- what the user reads
@@ -239,7 +238,7 @@ class Llama(host.StockLlama):
             yield from super().generate(tokens, *args, **kwargs)
             return
         if session.closed:
-            raise ClosedError("The model is closed; make a new Llama object.")
+            raise ClosedError()
         bound = _STOCK_GENERATE.bind(self, tokens, *args, **kwargs)
         bound.apply_defaults()
         options = bound.arguments
@@ -284,7 +283,7 @@ class Llama(host.StockLlama):
     def _take_up(self, session: Session, chain: Any, evaluated: list[int]) -> None:
         """Go back to a generation's own text after something else has used the object."""
         if session.closed:
-            raise ClosedError("The model is closed; make a new Llama object.")
+            raise ClosedError()
         if any(token < 0 for token in evaluated):
             raise NativeError("The text before this token holds an image and has been overtaken.")
         self._sampler = chain
@@ -357,9 +356,7 @@ class Llama(host.StockLlama):
         if session.n_past != self.n_tokens:
             self.reset()
             return prompt
-        n = min(self.n_tokens, len(prompt), len(self.input_ids))  # n_ctx is padded, ids are not
-        differs = np.flatnonzero(self.input_ids[:n] != np.asarray(prompt[:n], dtype=np.intc))
-        shared = int(differs[0]) if len(differs) else n
+        shared = shared_prefix(self._input_ids, prompt)
         if shared == len(prompt) == self.n_tokens and session.live_row >= 0:
             return []
         keep = min(shared, len(prompt) - 1)

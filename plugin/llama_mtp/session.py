@@ -39,9 +39,9 @@ class Entry:
 
     def __enter__(self) -> None:
         if self._closing:
-            raise ClosedError("The model is closed; make a new Llama object.")
+            raise ClosedError()
         if not self._lock.acquire(blocking=False):
-            raise BusyError("Another thread is using this Llama object; give each thread its own.")
+            raise BusyError()
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
@@ -62,7 +62,6 @@ class Session:
     """
 
     def __init__(self, plan: Plan, target: Any, draft: Any | None, n_batch: int, n_ubatch: int):
-        host.check_version()
         self._handle: Any = ffi.NULL
         self.entry = Entry()
         self._draft = draft
@@ -180,7 +179,8 @@ class Session:
                 if proposed is None:
                     tokens, draft_ns = self._ask_drafter(context, depth)
                 else:
-                    tokens, draft_ns = self._usable(proposed, self._settings.n_max, pos), 0
+                    room = self._room(self._settings.n_max, pos)
+                    tokens, draft_ns = self._usable(proposed, room), 0
                 native = time.perf_counter_ns()
                 check(lib.mtp_verify(handle, last, pos, tokens, len(tokens)), handle)
                 self._open_round = True
@@ -202,20 +202,22 @@ class Session:
 
     def _ask_drafter(self, context: npt.NDArray[np.intc], depth: int) -> tuple[list[int], int]:
         assert self._drafter is not None
-        pos = len(context) - 1
-        room = min(depth, self._settings.n_ctx - pos - 1)
-        if room <= 0:
+        room = self._room(depth, len(context) - 1)
+        if not room:
             return [], 0
         start = time.perf_counter_ns()
         draft = self._drafter.draft(DraftRequest(_read_only(context), room))
-        tokens = self._usable(draft.tokens, room, pos)
+        tokens = self._usable(draft.tokens, room)
         if len(tokens) < self._settings.n_min:
             tokens.clear()
         return tokens, time.perf_counter_ns() - start
 
-    def _usable(self, tokens: Sequence[int], depth: int, pos: int) -> list[int]:
-        """Return the drafts that a round from ``pos`` can carry, up to the first invalid id."""
-        room = max(0, min(depth, self._settings.n_ctx - pos - 1))
+    def _room(self, depth: int, pos: int) -> int:
+        """Return how many of ``depth`` drafts fit the context after position ``pos``."""
+        return max(0, min(depth, self._settings.n_ctx - pos - 1))
+
+    def _usable(self, tokens: Sequence[int], room: int) -> list[int]:
+        """Return at most ``room`` of the tokens, up to the first invalid id."""
         usable = []
         for token in tokens[:room]:
             if not 0 <= token < self._settings.n_vocab:
@@ -367,6 +369,13 @@ class Session:
         check(lib.mtp_state_set(self._handle, data, len(queue or b"")), self._handle)
 
 
+def shared_prefix(a: npt.NDArray[np.intc], b: Sequence[int]) -> int:
+    """Return how many tokens two texts have in common from their start."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != np.asarray(b[:n], dtype=np.intc))
+    return int(differs[0]) if len(differs) else n
+
+
 def _read_only(context: npt.NDArray[np.intc]) -> npt.NDArray[np.int32]:
     view: npt.NDArray[np.int32] = context.view()
     view.flags.writeable = False
@@ -391,7 +400,7 @@ def watch(target: Any, session: Session, n_outputs_max: int) -> None:
                     f"{n_outputs_max}; construct Llama with logits_all=True to ask for more."
                 )
         if session.closed:
-            check(lib.MTP_INVALID, ffi.NULL)
+            raise ClosedError()
         session.settle()
         try:
             decode(batch)
@@ -407,7 +416,7 @@ def watch(target: Any, session: Session, n_outputs_max: int) -> None:
         if p1 >= 0:  # a hole in the middle: nothing that we could keep track of
             done = bool(seq_rm(seq_id, p0, p1))
             session.forget(session.n_past)
-            session.align(np.empty(0, dtype=np.int32))
+            session.load_draft(None)
             return done
         if start < session.n_past:
             try:
