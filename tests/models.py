@@ -118,6 +118,55 @@ def expected_acceptance(
     return Expectation(rounds)
 
 
+@dataclass(frozen=True)
+class Words:
+    """The cycle of the words, and the directions of the residual stream that stand for them."""
+
+    words: Tokens  # [n_words]: in the order of the cycle
+    place: Tokens  # [n_vocab]: where in the cycle the word after a token stands
+    direction: npt.NDArray[np.float64]  # [n_words, n_embd], by place
+    rotation: npt.NDArray[np.float64]  # [n_embd, n_embd]: takes a direction to the next one
+    token_embd: npt.NDArray[np.float64]  # [n_vocab, n_embd]
+    output: npt.NDArray[np.float64]  # [n_vocab, n_embd]
+
+
+def lay_out_words(
+    rng: np.random.Generator, n_embd: int = N_EMBD, *, sharpness: float = 1.0
+) -> Words:
+    """Choose the cycle and the directions; ``n_embd`` is even and at most 502."""
+    # One cycle through the words; bytes and special tokens lead into it.
+    words = rng.permutation(np.arange(FIRST_WORD, N_VOCAB))
+    place = np.empty(N_VOCAB, dtype=np.int64)
+    place[words] = np.arange(1, N_WORDS + 1) % N_WORDS
+    place[:FIRST_WORD] = rng.integers(0, N_WORDS, FIRST_WORD)
+
+    # One constant dimension (it keeps bytes and special tokens out of the text), one unused, and
+    # planes that turn by their own angle per word.
+    planes = n_embd // 2 - 1
+    angles = 2 * np.pi * rng.choice(np.arange(1, N_WORDS), planes, replace=False) / N_WORDS
+    turns = np.arange(N_WORDS)[:, None] * angles[None, :]
+    direction = np.zeros((N_WORDS, n_embd))
+    direction[:, 0] = 1.0
+    direction[:, 2::2] = np.cos(turns)
+    direction[:, 3::2] = np.sin(turns)
+    rotation = np.eye(n_embd)
+    for k, angle in enumerate(angles):
+        i = 2 + 2 * k
+        rotation[i, i] = rotation[i + 1, i + 1] = np.cos(angle)
+        rotation[i + 1, i] = np.sin(angle)
+        rotation[i, i + 1] = -np.sin(angle)
+
+    # A part of its own lets the state tell tokens apart that lead to the same word.
+    own = rng.normal(0, 0.4, (N_VOCAB, n_embd))
+    own[:, :2] = 0
+    output = np.zeros((N_VOCAB, n_embd))
+    output[words] = direction
+    output[words, 0] = 0
+    output[:FIRST_WORD, 0] = -40.0
+    output *= 2 * sharpness / np.sqrt(n_embd)
+    return Words(words, place, direction, rotation, direction[place] + own, output)
+
+
 def build(
     path: Path,
     arch: str,
@@ -129,6 +178,7 @@ def build(
     sharpness: float = 1.0,
     n_trunk: int | None = None,
     drop_head_tensors: bool = False,
+    head_only: bool = False,
     seed: int = 1,
 ) -> Model:
     """Write a model to ``path``.
@@ -143,46 +193,19 @@ def build(
             logits, 1 and more makes the text depend on its history.
         sharpness: scale of the logits; at 1 the most likely word has a probability near 0.8.
         drop_head_tensors: keep the head's declaration, leave its tensors out.
+        head_only: leave the trunk's blocks out, as llama.cpp's ``--mtp`` conversion does.
     """
     rng = np.random.default_rng(seed)
     trunk = n_trunk if n_trunk is not None else (4 if arch == "qwen35" else 2)
     n_nextn = n_heads if head is not None else 0
 
-    # One cycle through the words; bytes and special tokens lead into it.
-    words = rng.permutation(np.arange(FIRST_WORD, N_VOCAB))
-    place = np.empty(N_VOCAB, dtype=np.int64)  # where in the cycle the next word stands
-    place[words] = np.arange(1, N_WORDS + 1) % N_WORDS
-    place[:FIRST_WORD] = rng.integers(0, N_WORDS, FIRST_WORD)
-    follow = words[place]
-
-    # Directions: one constant dimension (it keeps bytes and special tokens out of the text), one
-    # unused, and 31 planes that turn by their own angle per word.
-    angles = 2 * np.pi * rng.choice(np.arange(1, N_WORDS), 31, replace=False) / N_WORDS
-    turns = np.arange(N_WORDS)[:, None] * angles[None, :]
-    direction = np.zeros((N_WORDS, N_EMBD))
-    direction[:, 0] = 1.0
-    direction[:, 2::2] = np.cos(turns)
-    direction[:, 3::2] = np.sin(turns)
-    rotation = np.eye(N_EMBD)
-    for k, angle in enumerate(angles):
-        i = 2 + 2 * k
-        rotation[i, i] = rotation[i + 1, i + 1] = np.cos(angle)
-        rotation[i + 1, i] = np.sin(angle)
-        rotation[i, i + 1] = -np.sin(angle)
-
-    # A part of its own lets the state tell tokens apart that lead to the same word.
-    own = rng.normal(0, 0.4, (N_VOCAB, N_EMBD))
-    own[:, :2] = 0
-    output = np.zeros((N_VOCAB, N_EMBD))
-    output[words] = direction
-    output[words, 0] = 0
-    output[:FIRST_WORD, 0] = -40.0
-    output *= 2 * sharpness / np.sqrt(N_EMBD)
+    laid = lay_out_words(rng, sharpness=sharpness)
+    words, place = laid.words, laid.place
 
     tensors: dict[str, npt.NDArray[Any]] = {
-        "token_embd.weight": direction[place] + own,
+        "token_embd.weight": laid.token_embd,
         "output_norm.weight": np.ones(N_EMBD),
-        "output.weight": output,
+        "output.weight": laid.output,
     }
     for il in range(trunk):
         tensors |= _block(arch, il, rng, state_scale, recurrent=arch == "qwen35" and il % 2 == 0)
@@ -199,15 +222,18 @@ def build(
         project = np.zeros((N_EMBD, 2 * N_EMBD))  # [embedding half | hidden half]
         if head == "embedding":
             project[:, :N_EMBD] = np.eye(N_EMBD)
-            tensors[f"blk.{il}.nextn.embed_tokens.weight"] = direction[ahead]
+            tensors[f"blk.{il}.nextn.embed_tokens.weight"] = laid.direction[ahead]
         else:
-            project[:, N_EMBD:] = rotation
+            project[:, N_EMBD:] = laid.rotation
         tensors[f"blk.{il}.nextn.eh_proj.weight"] = project
         for norm in ("enorm", "hnorm", "shared_head_norm"):
             tensors[f"blk.{il}.nextn.{norm}.weight"] = np.ones(N_EMBD)
 
+    if head_only:
+        blocks = tuple(f"blk.{il}." for il in range(trunk))
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(blocks)}
     _write(path, arch, trunk, n_nextn, tensors)
-    return Model(path, arch, follow, tuple(heads) if head == "embedding" else ())
+    return Model(path, arch, words[place], tuple(heads) if head == "embedding" else ())
 
 
 def _block(

@@ -206,7 +206,9 @@ def test_a_flipped_bit_in_any_byte_of_the_header_is_survived(tmp_path: Path, sma
 def test_large_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """248k tokens and as many merges, scores and types; prints the time, asserts the content."""
     n = 248_320
-    strings = b"".join(struct.pack("<Q", i % 13) + b"x" * (i % 13) for i in range(n))
+    strings = b"".join(
+        struct.pack("<Q", 6 + i % 9) + b"%06d" % i + b"x" * (i % 9) for i in range(n)
+    )
 
     def key(name: str) -> bytes:
         return struct.pack("<Q", len(name)) + name.encode()
@@ -250,11 +252,14 @@ def test_executable_head(tmp_path: Path) -> None:
         rollback="snapshots",
         gathers=False,
         mrope=True,
+        chained=False,
+        shares_kv=False,
+        untested=False,
     )
 
 
 def test_chained_heads_are_counted(tmp_path: Path) -> None:
-    tensors = with_head(2, 3, 4)
+    tensors = with_head(2, 3, 4, extra=("ffn_gate.weight", "ffn_up.weight"))
     path = write_gguf(tmp_path / "m.gguf", "step35", tensors, n_layers=5, n_heads=3)
     report = check_head(path)
     assert report.executable
@@ -310,11 +315,10 @@ def test_unknown_architecture(tmp_path: Path) -> None:
     assert "architecture novel" in obstacle(path)
 
 
-def test_checkpoint_rollback_and_shared_cache_are_not_executable_yet(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", "qwen3next", with_head(2), n_layers=3, n_heads=1)
-    assert "checkpoint" in obstacle(path)
+def test_a_head_that_shares_the_cache_is_told_to_be_one(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "g.gguf", "gemma4-assistant", TRUNK, n_layers=2, n_heads=2)
-    assert "KV cache of a separate target" in obstacle(path)
+    assert "head without the model" in obstacle(path)
+    assert "gemma4 model, and pass this file as spec_draft_model" in check_head(path).remedy
 
 
 def test_second_head_where_one_is_executed(tmp_path: Path) -> None:

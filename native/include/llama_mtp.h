@@ -41,6 +41,14 @@ enum mtp_status {
 enum mtp_rollback {
     MTP_ROLLBACK_ATTENTION = 0, /* any suffix can be removed */
     MTP_ROLLBACK_SNAPSHOTS = 1, /* recurrent state: the rows of the last ubatch, at most n_rs_seq, once per decode */
+    MTP_ROLLBACK_CHECKPOINT = 2, /* recurrent state without snapshots: a copy from before the drafts, and a replay */
+};
+
+/* How the draft context proposes more than one token (llama.cpp common/speculative.cpp knows the same three). */
+enum mtp_drafting {
+    MTP_DRAFTING_ONE_HEAD = 0,  /* one head, its own KV: each step adds a row */
+    MTP_DRAFTING_CHAINED = 1,   /* one head for each step, a KV layer each: every head reads all rows */
+    MTP_DRAFTING_SHARED_KV = 2, /* the head reads the target's KV and writes none: no catch-up, one position */
 };
 
 /* Addresses of the host's functions, in the order of include/llama.h and src/llama-ext.h. */
@@ -63,6 +71,13 @@ struct mtp_host_api {
     void * llama_set_embeddings_nextn;
     void * llama_get_embeddings_nextn;
     void * llama_get_embeddings_nextn_ith;
+    void * llama_set_nextn_layer_offset;
+    void * llama_vocab_n_tokens;
+    void * llama_vocab_get_text;
+    void * llama_vocab_get_attr;
+    void * llama_state_seq_get_size_ext;
+    void * llama_state_seq_get_data_ext;
+    void * llama_state_seq_set_data_ext;
 };
 
 /* sizeof and offsetof of the host's llama_batch, and the size of llama_sampler_chain_params, as the host's own
@@ -88,6 +103,9 @@ struct mtp_session_params {
     int32_t gaps;        /* 1: positions of the draft context may jump (M-RoPE) */
     int32_t confidence;  /* 1: draft picks bring their probability (top-10 softmax); 0: argmax on the device */
     int32_t n_draft_min; /* mtp_next drops drafts that p_min cut shorter than this */
+    int32_t drafting;    /* enum mtp_drafting */
+    int32_t n_heads;     /* NextN heads of a chain; 1 otherwise */
+    int32_t all_outputs; /* 1: every row of the draft context is an output, for a graph that nobody has run yet */
 };
 
 /* What next() did. Times are nanoseconds of one round and are set when a round begins. */
@@ -98,8 +116,9 @@ struct mtp_step {
     int32_t n_drafted;   /* drafts of the current round */
     int32_t n_accepted;  /* drafts of the current round that the samples so far agreed with */
     int32_t n_sampled;   /* rows of the current round that were sampled so far */
-    int64_t target_ns;   /* the round's target decode with its wait */
+    int64_t target_ns;   /* the round's target decode with its wait; copies of the state and replayed rows included */
     int64_t draft_ns;    /* the round's draft decodes with their waits */
+    int32_t n_replayed;  /* kept rows of earlier rounds that this round decoded once more (checkpoint rollback) */
 };
 
 /* Counters since the session was opened. */
@@ -107,6 +126,8 @@ struct mtp_counters {
     int64_t n_rounds, n_target_decodes, n_draft_decodes, n_drafted, n_accepted, n_sampled;
     int64_t n_draft_restarts;  /* times a gap emptied the draft context */
     int64_t target_ns, draft_ns, sample_ns, total_ns; /* total: inside this library; the rest are its host calls */
+    int64_t n_replayed;        /* target rows decoded once more after a rejection (checkpoint rollback) */
+    int64_t n_state_bytes;     /* recurrent state copied out of and into the target's memory */
 };
 
 typedef struct mtp_session mtp_session;
@@ -123,6 +144,11 @@ void mtp_session_close(mtp_session * session, int detach);
 
 /* One sentence on the last failure. Valid until the next call on the session. */
 const char * mtp_session_error(const mtp_session * session);
+
+/* MTP_OK when two llama_vocab have the same tokens: number, text and attributes of each. Otherwise text says where they
+ * part. */
+int mtp_compare_vocabularies(const struct mtp_host_api * api, const struct mtp_host_layout * layout, const void * a,
+                             const void * b, char * text, size_t n_text);
 
 /* --- capture: after each decode of the target that the session did not do itself --------------------------------- */
 
@@ -143,8 +169,16 @@ int mtp_next(mtp_session * session, void * sampler, int32_t last, int32_t pos, i
 int mtp_draft(mtp_session * session, int32_t last, int32_t pos, int32_t depth, float p_min, int32_t * tokens,
               int32_t * n_out);
 
-/* Target decode of [last, tokens...] from position pos; the rows are then sampled by mtp_sample or by the caller. */
+/* Target decode of [last, tokens...] from position pos; the rows are then sampled by mtp_sample or by the caller. Where
+ * the host makes no copy of a recurrent state that needs one, the round leaves the drafts out: ask mtp_rows_left. */
 int mtp_verify(mtp_session * session, int32_t last, int32_t pos, const int32_t * tokens, int32_t n);
+
+/* 1: so many rows are to be decoded once more (checkpoint rollback) that the next round is best one without drafts, as
+ * mtp_next and mtp_draft make it; with drafts it takes a decode more. */
+int mtp_replays_only(const mtp_session * session);
+
+/* Verify rows that can still be sampled, or -1 without a session. */
+int mtp_rows_left(const mtp_session * session);
 
 /* Samples the next verify row with the caller's chain. rows_left is 0 after the first row that disagrees. */
 int mtp_sample(mtp_session * session, void * sampler, struct mtp_step * step);
@@ -154,10 +188,17 @@ int mtp_commit(mtp_session * session, int32_t n_rows);
 
 /* --- rollback ---------------------------------------------------------------------------------------------------- */
 
-/* Cuts target and draft to the rows that were sampled. A no-op between rounds. */
+/* Cuts target and draft to the rows that were sampled. A no-op between rounds. With checkpoint rollback the target's
+ * memory itself follows at the next verify, or at mtp_replay. */
 int mtp_settle(mtp_session * session);
 
-/* Cuts target and draft to n_past positions, with one rollback also in the middle of a round. */
+/* Settles, and makes the target's memory hold exactly the mtp_n_past positions: with checkpoint rollback by loading the
+ * state from before the last drafts and decoding the rows since then that were kept. Needed before anyone else decodes,
+ * saves or cuts that memory; a no-op for other kinds of rollback and where nothing was rejected. */
+int mtp_replay(mtp_session * session);
+
+/* Cuts target and draft to n_past positions, with one rollback also in the middle of a round. The target's memory
+ * follows as after mtp_settle. */
 int mtp_truncate(mtp_session * session, int32_t n_past);
 
 /* 1 when mtp_truncate(n_past) would succeed now. */
@@ -180,7 +221,7 @@ void mtp_session_counters(const mtp_session * session, struct mtp_counters * out
 
 /* --- state: what the session knows beside the two memories, which the caller saves with the host's own functions -- */
 
-/* Settles, takes unverified drafts out of the draft memory, and says how many bytes mtp_state_get writes: where the
+/* Replays, takes unverified drafts out of the draft memory, and says how many bytes mtp_state_get writes: where the
  * draft memory starts, its tokens, and the rows that wait. 0 without a draft context. Save both memories after it. */
 int mtp_state_size(mtp_session * session, size_t * n_bytes);
 

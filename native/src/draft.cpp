@@ -15,12 +15,18 @@ constexpr int n_top = 10;  // as llama.cpp: p is a softmax over the ten best, no
 drafter::drafter(const host_api & api, const mtp_session_params & params)
     : api_(api), params_(params), memory_(api.get_memory(params.draft)), queue_(params.n_batch, params.n_embd),
       batch_(params.n_batch, params.n_embd), hidden_(params.n_embd), chain_(nullptr, api.sampler_free),
-      pick_(&drafter::pick_host) {
+      pick_(&drafter::pick_host), add_step_(&drafter::grow), n_heads_(1) {
     if (memory_ == nullptr) {
         throw failure(MTP_HOST, "the draft context has no memory");
     }
-    api_.set_embeddings_nextn(params_.draft, true, params_.gathers != 0);
-    if (params_.confidence == 0) {
+    if (chained()) {
+        add_step_ = &drafter::chain;
+        n_heads_  = std::max(1, std::min(params.n_heads, params.n_draft_max));
+    } else if (shares_kv()) {
+        add_step_ = &drafter::stay;
+    }
+    api_.set_embeddings_nextn(params_.draft, true, params_.gathers != 0 || params_.all_outputs != 0);
+    if (params_.confidence == 0 && params_.all_outputs == 0) {  // a device chain takes one output at a time
         chain_.reset(api_.chain_init(api_.chain_default_params()));
         void * greedy = chain_ ? api_.init_greedy() : nullptr;
         if (greedy != nullptr) {
@@ -39,7 +45,9 @@ void drafter::detach() {
 }
 
 void drafter::restart(int32_t pos) {
-    api_.memory_clear(memory_, false);
+    if (!shares_kv()) {
+        api_.memory_clear(memory_, false);
+    }
     queue_.restart(pos);
     memory_end_ = pos;
 }
@@ -76,11 +84,18 @@ void drafter::align(const int32_t * tokens, int32_t n) {
 // Removes what the memory holds beyond the true rows.
 void drafter::drop_unverified() {
     if (memory_end_ > queue_.decoded()) {
-        if (!api_.memory_seq_rm(memory_, 0, queue_.decoded(), -1)) {
-            restart(queue_.end());
-        }
-        memory_end_ = queue_.decoded();
+        rewind(queue_.decoded());
     }
+}
+
+// False: the host refused, and the memory starts anew at the queue's end.
+bool drafter::rewind(int32_t pos) {
+    if (!shares_kv() && !api_.memory_seq_rm(memory_, 0, pos, -1)) {
+        restart(queue_.end());
+        return false;
+    }
+    memory_end_ = pos;
+    return true;
 }
 
 size_t drafter::state_size() {
@@ -108,12 +123,20 @@ bool drafter::decode() {
 
 // Starts a batch with the rows that wait, behind the true rows of the memory.
 void drafter::load_waiting() {
-    drop_unverified();
     batch_.clear();
-    for (int32_t p = queue_.decoded(); p < queue_.end(); ++p) {
-        batch_.push(queue_.token(p), p, false, queue_.hidden(p));
+    if (shares_kv()) {
+        queue_.mark_decoded(queue_.end());  // the target's cells are this head's
+        memory_end_ = queue_.end();
+        return;
     }
-    memory_end_ = queue_.decoded();
+    drop_unverified();
+    for (int32_t p = queue_.decoded(); p < queue_.end(); ++p) {
+        batch_.push(queue_.token(p), p, params_.all_outputs != 0, queue_.hidden(p));
+    }
+    base_ = memory_end_ = queue_.decoded();
+    if (chained()) {
+        api_.set_nextn_layer_offset(params_.draft, 0);
+    }
 }
 
 // The waiting rows alone, without an output: a prompt longer than n_batch, or a long stretch at depth 0.
@@ -123,45 +146,90 @@ void drafter::catch_up() {
     }
     load_waiting();
     const int32_t end = queue_.end();
-    if (decode()) {
-        queue_.mark_decoded(end);
+    if (batch_.size() > 0 && decode()) {
+        finish_chain(1, batch_.size());
     }
+    queue_.mark_decoded(end);
 }
 
 std::vector<int32_t> drafter::draft(int32_t last, int32_t pos, int32_t depth, float p_min) {
     std::vector<int32_t> drafts;
+    if (chained()) {
+        depth = std::min(depth, n_heads_);
+    }
     if (!alive() || depth <= 0 || pos != queue_.end()) {
         return drafts;
     }
-    if (queue_.waiting() == params_.n_batch) {
+    if (queue_.waiting() + n_heads_ > params_.n_batch) {
         catch_up();
     }
 
     // Catch-up and first step in one decode; only its last row is an output.
     load_waiting();
     batch_.push(last, pos, true, queue_.hidden(pos));
+    const int32_t n_true = batch_.size();
     if (!decode()) {
         return drafts;
     }
     queue_.push_decoded(last);
 
-    for (int32_t i = 1;; ++i) {
+    int32_t n_steps = 1;
+    for (;; ++n_steps) {
         const int32_t row  = batch_.size() - 1;
         const pick    next = (this->*pick_)(row);
         if (next.token < 0 || next.token >= params_.n_vocab || next.p < p_min) {
             break;
         }
         drafts.push_back(next.token);
-        if (i == depth || !read_hidden(row)) {
+        if (n_steps == depth || !read_hidden(row)) {
             break;
         }
-        batch_.clear();
-        batch_.push(next.token, pos + i, true, hidden_.data());
-        if (!decode()) {
-            break;
+        if (!(this->*add_step_)(next.token, pos, n_steps) || !decode()) {
+            return drafts;
         }
     }
+    finish_chain(n_steps, n_true);
     return drafts;
+}
+
+bool drafter::grow(int32_t token, int32_t pos, int32_t i) {
+    batch_.clear();
+    batch_.push(token, pos + i, true, hidden_.data());
+    return true;
+}
+
+bool drafter::stay(int32_t token, int32_t pos, int32_t) {
+    batch_.clear();
+    batch_.push(token, pos, true, hidden_.data());
+    return true;
+}
+
+bool drafter::chain(int32_t token, int32_t pos, int32_t i) {
+    if (!rewind(base_)) {
+        return false;
+    }
+    api_.set_nextn_layer_offset(params_.draft, i);
+    batch_.set_output(batch_.size() - 1, params_.all_outputs != 0);
+    batch_.push(token, pos + i, true, hidden_.data());
+    return true;
+}
+
+// The heads that n_steps did not reach read the first n_true rows of the batch.
+void drafter::finish_chain(int32_t n_steps, int32_t n_true) {
+    if (n_steps >= n_heads_) {
+        return;
+    }
+    batch_.shrink(n_true);
+    batch_.set_output(n_true - 1, params_.all_outputs != 0);
+    for (int32_t head = n_steps; head < n_heads_; ++head) {
+        if (!rewind(base_)) {
+            return;
+        }
+        api_.set_nextn_layer_offset(params_.draft, head);
+        if (!decode()) {
+            return;
+        }
+    }
 }
 
 // The head's own row for the next step, copied out of a buffer that the next decode overwrites.

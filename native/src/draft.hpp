@@ -8,8 +8,16 @@
 
 namespace mtp {
 
-// One head, its own KV (llama.cpp common/speculative.cpp, common_speculative_impl_draft_mtp): the hidden row that the
-// head gives for step i feeds step i + 1.
+// What follows the first step differs in three ways (llama.cpp common/speculative.cpp,
+// common_speculative_impl_draft_mtp); add_step_ is one of them, chosen once:
+//
+//     one head    step i adds one row: the draft of step i - 1 with the hidden row that the head gave for it.
+//     chained     step i is head i, whose KV is another layer of the same cells: the memory is taken back to the true
+//                 rows, and head i reads all that wait, `last`, and every draft so far. Heads that a round does not
+//                 reach read the true rows, or their KV would have holes: n_heads decodes a round.
+//     shared KV   the head attends to the target's own cells and writes none: nothing to catch up with, nothing to
+//                 remove, and every step stands at the position of `last`. llama_memory_clear on this context would
+//                 wipe the target's cells.
 //
 // Invariant between calls: the draft memory holds true rows for [queue.start, queue.decoded), and rows of unverified
 // drafts up to memory_end; the latter are removed before the next decode.
@@ -60,8 +68,16 @@ class drafter {
         float   p;
     };
 
+    bool chained() const { return params_.drafting == MTP_DRAFTING_CHAINED; }
+    bool shares_kv() const { return params_.drafting == MTP_DRAFTING_SHARED_KV; }
+
     void load_waiting();
     void catch_up();
+    bool grow(int32_t token, int32_t pos, int32_t i);
+    bool chain(int32_t token, int32_t pos, int32_t i);
+    bool stay(int32_t token, int32_t pos, int32_t i);
+    void finish_chain(int32_t n_steps, int32_t n_true);
+    bool rewind(int32_t pos);
     bool decode();
     void drop_unverified();
     bool read_hidden(int32_t row);
@@ -76,7 +92,10 @@ class drafter {
     std::vector<float>       hidden_;      // the head's own row for the next step
     std::unique_ptr<void, void (*)(void *)> chain_;
     pick (drafter::*pick_)(int32_t row);   // resolved once: on the device, or on the host with its probability
+    bool (drafter::*add_step_)(int32_t token, int32_t pos, int32_t i);
+    int32_t n_heads_;                      // of a chain: those that a round can reach
     int32_t memory_end_ = 0;
+    int32_t base_       = 0;               // of a chain: where the true rows ended when the round began
     int     failures_   = 0;
 };
 

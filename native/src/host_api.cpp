@@ -50,6 +50,13 @@ host_api resolve(const mtp_host_api & a, const mtp_host_layout & layout) {
     bind(api.set_embeddings_nextn, a.llama_set_embeddings_nextn, "llama_set_embeddings_nextn");
     bind(api.get_embeddings_nextn, a.llama_get_embeddings_nextn, "llama_get_embeddings_nextn");
     bind(api.get_embeddings_nextn_ith, a.llama_get_embeddings_nextn_ith, "llama_get_embeddings_nextn_ith");
+    bind(api.set_nextn_layer_offset, a.llama_set_nextn_layer_offset, "llama_set_nextn_layer_offset");
+    bind(api.vocab_n_tokens, a.llama_vocab_n_tokens, "llama_vocab_n_tokens");
+    bind(api.vocab_get_text, a.llama_vocab_get_text, "llama_vocab_get_text");
+    bind(api.vocab_get_attr, a.llama_vocab_get_attr, "llama_vocab_get_attr");
+    bind(api.state_seq_get_size, a.llama_state_seq_get_size_ext, "llama_state_seq_get_size_ext");
+    bind(api.state_seq_get_data, a.llama_state_seq_get_data_ext, "llama_state_seq_get_data_ext");
+    bind(api.state_seq_set_data, a.llama_state_seq_set_data_ext, "llama_state_seq_set_data_ext");
     return api;
 }
 

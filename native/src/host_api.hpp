@@ -3,6 +3,7 @@
 
 #include "llama_mtp.h"
 
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -51,6 +52,13 @@ struct host_api {
     void (*set_embeddings_nextn)(void * ctx, bool value, bool masked);
     float * (*get_embeddings_nextn)(void * ctx);
     float * (*get_embeddings_nextn_ith)(void * ctx, int32_t i);
+    void (*set_nextn_layer_offset)(void * ctx, int32_t offset);
+    int32_t (*vocab_n_tokens)(const void * vocab);
+    const char * (*vocab_get_text)(const void * vocab, int32_t token);
+    int (*vocab_get_attr)(const void * vocab, int32_t token);
+    size_t (*state_seq_get_size)(void * ctx, int32_t seq, uint32_t flags);
+    size_t (*state_seq_get_data)(void * ctx, uint8_t * data, size_t n, int32_t seq, uint32_t flags);
+    size_t (*state_seq_set_data)(void * ctx, const uint8_t * data, size_t n, int32_t seq, uint32_t flags);
 };
 
 // Throws failure(MTP_ABI) when the layouts differ and failure(MTP_INVALID) when an address is missing.
@@ -63,6 +71,8 @@ class row_batch {
 
     void clear() { n_ = 0; }
     void push(int32_t token, int32_t pos, bool output, const float * hidden = nullptr);
+    void set_output(int32_t row, bool output) { logits_[row] = output ? 1 : 0; }
+    void shrink(int32_t n) { n_ = n; }
 
     int32_t    size() const { return n_; }
     host_batch view();

@@ -1,5 +1,7 @@
 #include "session.hpp"
 
+#include "vocabulary.hpp"
+
 #include <algorithm>
 #include <cstdio>
 #include <new>
@@ -19,8 +21,11 @@ const mtp_session_params & checked(const mtp_session_params & p) {
     require(p.n_vocab > 0 && p.n_ctx > 0 && p.n_batch > 0 && p.n_ubatch > 0, "sizes must be positive");
     require(p.n_draft_max >= 0 && p.n_draft_max < p.n_batch, "1 + n_draft_max rows must fit n_batch");
     require(p.draft == nullptr || p.n_embd > 0, "a draft context needs the width of a hidden row");
-    require(p.rollback == MTP_ROLLBACK_ATTENTION || p.rollback == MTP_ROLLBACK_SNAPSHOTS, "unknown rollback kind");
+    require(p.rollback >= MTP_ROLLBACK_ATTENTION && p.rollback <= MTP_ROLLBACK_CHECKPOINT, "unknown rollback kind");
     require(p.n_rs_seq >= 0, "n_rs_seq must not be negative");
+    require(p.drafting >= MTP_DRAFTING_ONE_HEAD && p.drafting <= MTP_DRAFTING_SHARED_KV, "unknown drafting mode");
+    require(p.drafting != MTP_DRAFTING_CHAINED || (p.n_heads > 0 && p.n_heads < p.n_batch),
+            "a chain needs at least one head, and fewer than n_batch");
     require(p.rollback != MTP_ROLLBACK_SNAPSHOTS || p.n_rs_seq == 0 || p.n_ubatch > p.n_rs_seq + 1,
             "n_ubatch must exceed 1 + n_rs_seq; lower the depth or raise n_ubatch");
     return p;
@@ -85,6 +90,11 @@ void mtp_session::settle() {
     }
 }
 
+void mtp_session::replay() {
+    settle();
+    target.replay();
+}
+
 void mtp_session::forget(int32_t n_past) {
     require(n_past >= 0, "n_past must not be negative");
     counters = with_round();
@@ -102,7 +112,7 @@ void mtp_session::align(const int32_t * tokens, int32_t n) {
 }
 
 size_t mtp_session::state_size() {
-    settle();
+    replay();
     return drafter ? drafter->state_size() : 0;
 }
 
@@ -150,7 +160,8 @@ std::vector<int32_t> mtp_session::draft(int32_t last, int32_t pos, int32_t depth
     require(depth >= 0, "depth must not be negative");
     begin_round(pos);
     const int64_t before = drafter->ns;
-    auto          drafts = drafter->draft(last, pos, std::min(depth, target.depth_limit(pos)), p_min);
+    const int32_t limit  = target.replays_only() ? 0 : target.depth_limit(pos);
+    auto          drafts = drafter->draft(last, pos, std::min(depth, limit), p_min);
     round_draft_ns_      = drafter->ns - before;
     return drafts;
 }
@@ -162,10 +173,12 @@ void mtp_session::verify(int32_t last, int32_t pos, const int32_t * tokens, int3
             "a draft token is outside the vocabulary");
     require(n <= target.depth_limit(pos), "more drafts than this round can carry");
     begin_round(pos);
-    const int64_t before = target.ns;
+    const int64_t before   = target.ns;
+    const int64_t replayed = target.n_replayed;
     target.verify(last, pos, tokens, n);
     round_target_ns_ = target.ns - before;
-    hand_over(target.row_tokens().data(), 1 + n, pos);
+    round_replayed_  = static_cast<int32_t>(target.n_replayed - replayed);
+    hand_over(target.row_tokens().data(), 1 + target.drafted(), pos);
 }
 
 void mtp_session::sample(void * sampler, mtp_step & step) {
@@ -178,6 +191,7 @@ void mtp_session::sample(void * sampler, mtp_step & step) {
     step.n_sampled  = target.sampled();
     step.target_ns  = round_target_ns_;
     step.draft_ns   = round_draft_ns_;
+    step.n_replayed = round_replayed_;
 }
 
 void mtp_session::next(void * sampler, int32_t last, int32_t pos, int32_t depth, float p_min, mtp_step & step) {
@@ -274,6 +288,24 @@ int mtp_session_open(const mtp_host_api * api, const mtp_host_layout * layout, c
     return status;
 }
 
+int mtp_compare_vocabularies(const mtp_host_api * api, const mtp_host_layout * layout, const void * a, const void * b,
+                             char * text, size_t n_text) {
+    std::string error = "an argument of mtp_compare_vocabularies is NULL";
+    int         status = MTP_INVALID;
+    if (api != nullptr && layout != nullptr && a != nullptr && b != nullptr) {
+        status = guarded(error, [&] {
+            const std::string difference = mtp::compare_vocabularies(mtp::resolve(*api, *layout), a, b);
+            if (!difference.empty()) {
+                throw failure(MTP_INVALID, difference);
+            }
+        });
+    }
+    if (status != MTP_OK && text != nullptr && n_text > 0) {
+        std::snprintf(text, n_text, "%s", error.c_str());
+    }
+    return status;
+}
+
 void mtp_session_close(mtp_session * session, int detach) {
     if (session == nullptr) {
         return;
@@ -318,6 +350,14 @@ int mtp_verify(mtp_session * session, int32_t last, int32_t pos, const int32_t *
     return enter(session, [&](mtp_session & s) { s.verify(last, pos, tokens, n); });
 }
 
+int mtp_replays_only(const mtp_session * session) {
+    return session != nullptr && session->target.replays_only() ? 1 : 0;
+}
+
+int mtp_rows_left(const mtp_session * session) {
+    return session != nullptr ? session->target.rows_left() : -1;
+}
+
 int mtp_sample(mtp_session * session, void * sampler, mtp_step * step) {
     return enter(session, [&](mtp_session & s) {
         require(step != nullptr, "step is NULL");
@@ -331,6 +371,10 @@ int mtp_commit(mtp_session * session, int32_t n_rows) {
 
 int mtp_settle(mtp_session * session) {
     return enter(session, [](mtp_session & s) { s.settle(); });
+}
+
+int mtp_replay(mtp_session * session) {
+    return enter(session, [](mtp_session & s) { s.replay(); });
 }
 
 int mtp_truncate(mtp_session * session, int32_t n_past) {
@@ -369,6 +413,8 @@ void mtp_session_counters(const mtp_session * session, mtp_counters * out) {
     out->n_target_decodes = session->target.n_decodes;
     out->target_ns        = session->target.ns;
     out->sample_ns        = session->target.sample_ns;
+    out->n_replayed       = session->target.n_replayed;
+    out->n_state_bytes    = session->target.n_state_bytes();
     if (session->drafter) {
         out->n_draft_decodes  = session->drafter->n_decodes;
         out->n_draft_restarts = session->drafter->n_restarts;

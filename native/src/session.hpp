@@ -20,6 +20,7 @@ struct mtp_session {
     void commit(int32_t n_rows);
     void settle();
     void truncate(int32_t n_past);
+    void replay();
     void forget(int32_t n_past);
     void align(const int32_t * tokens, int32_t n);
     size_t state_size();
@@ -43,4 +44,5 @@ struct mtp_session {
 
     int64_t round_target_ns_ = 0;
     int64_t round_draft_ns_  = 0;
+    int32_t round_replayed_  = 0;
 };

@@ -5,7 +5,10 @@
 namespace mtp {
 
 verifier::verifier(const host_api & api, const mtp_session_params & params)
-    : api_(api), params_(params), memory_(api.get_memory(params.target)), batch_(params.n_draft_max + 1, 0) {
+    : api_(api), params_(params), memory_(api.get_memory(params.target)),
+      batch_(std::min(2 * params.n_draft_max + 1, params.n_batch), 0),
+      replay_max_(std::min(params.n_draft_max, params.n_batch - 1 - params.n_draft_max)),
+      copy_(api, params.target, memory_) {
     if (memory_ == nullptr) {
         throw failure(MTP_HOST, "the target context has no memory; MTP needs a model that generates text");
     }
@@ -15,14 +18,16 @@ verifier::verifier(const host_api & api, const mtp_session_params & params)
     }
 }
 
-void verifier::set_undo(int32_t n_rows) {
-    if (params_.rollback == MTP_ROLLBACK_ATTENTION) {
-        undo_ = base_ + n_rows;
-        return;
+// How many positions can be taken back after a decode of n_rows that ends at base + rows.
+int32_t verifier::undo_limit(int32_t n_rows) const {
+    const int32_t end = base_ + rows();
+    switch (params_.rollback) {
+        case MTP_ROLLBACK_ATTENTION: return end;
+        case MTP_ROLLBACK_CHECKPOINT: return has_copy() ? end - copy_.end() : 0;
+        // Snapshots are of the last ubatch. Most memories keep the trailing 1 + n_rs_seq rows in one
+        // (llama-batch.cpp split_equal); deepseek4's cuts every n_ubatch rows (split_simple) and would give older ones.
+        default: return std::max(0, std::min(params_.n_rs_seq, (n_rows - 1) % params_.n_ubatch));
     }
-    // Also for a batch of several ubatches: the host keeps its trailing 1 + n_rs_seq rows in one
-    // (llama-batch.cpp split_equal), and n_ubatch exceeds that.
-    undo_ = std::min(params_.n_rs_seq, n_rows - 1);
 }
 
 void verifier::close_round() {
@@ -31,19 +36,27 @@ void verifier::close_round() {
     rejected_            = false;
 }
 
+const float * verifier::hidden_rows() {
+    stopwatch     watch(ns);
+    const float * rows = api_.get_embeddings_nextn(params_.target);
+    return rows != nullptr ? rows + static_cast<size_t>(first_row_) * params_.n_embd : nullptr;
+}
+
 void verifier::observe_decode(int32_t n, int32_t pos) {
-    close_round();
-    base_                = pos;
-    set_undo(n);
-    base_ += n;
-    live_row_ = n - 1;
+    forget(pos + n);
+    undo_      = undo_limit(n);
+    first_row_ = 0;
+    live_row_  = n - 1;
 }
 
 void verifier::forget(int32_t n_past) {
     close_round();
-    base_                = n_past;
-    live_row_            = -1;
-    undo_                = params_.rollback == MTP_ROLLBACK_ATTENTION ? n_past : 0;
+    copy_.drop();
+    replay_.clear();
+    behind_   = false;
+    base_     = n_past;
+    live_row_ = -1;
+    undo_     = undo_limit(0);
 }
 
 bool verifier::can_truncate(int32_t n_past) const {
@@ -61,21 +74,31 @@ void verifier::truncate(int32_t n_past) {
                                         " is not kept; clear the context and evaluate the text again");
     }
     const int32_t end  = base_ + rows();
-    const int32_t base = base_;
-    const bool    live = in_round() && n_past > base;
+    const bool    live = in_round() && n_past > base_;
+    const int32_t row  = live ? first_row_ + n_past - base_ - 1 : (n_past == end ? live_row_ : -1);
     if (n_past == 0) {  // also when it should be empty: a failed decode may have left rows
         api_.memory_clear(memory_, false);
+        forget(0);
+        return;
+    }
+    if (has_copy()) {
+        replay_.insert(replay_.end(), row_tokens_.begin(), row_tokens_.end());
+        replay_.resize(n_past - copy_.end());
+        behind_ = behind_ || n_past < end;
     } else if (n_past < end && !api_.memory_seq_rm(memory_, 0, n_past, -1)) {
         throw failure(MTP_ROLLBACK, "the host refused to remove the text after position " + std::to_string(n_past) +
                                         "; clear the context and evaluate it again");
     }
-    const int32_t row = live ? n_past - base - 1 : (n_past == end ? live_row_ : -1);
-    const int32_t undo = n_past == end && n_past > 0 ? undo_ : 0;
-    forget(n_past);
+    const int32_t undo = n_past == end ? undo_ : 0;  // snapshots serve once
+    close_round();
+    base_     = n_past;
     live_row_ = row;
-    if (params_.rollback != MTP_ROLLBACK_ATTENTION) {
-        undo_ = undo;
-    }
+    undo_     = params_.rollback == MTP_ROLLBACK_SNAPSHOTS ? undo : undo_limit(0);
+}
+
+bool verifier::replays_only() const {
+    const bool behind = behind_ || kept() < rows();
+    return has_copy() && behind && static_cast<int32_t>(replay_.size()) + kept() > replay_max_;
 }
 
 int32_t verifier::depth_limit(int32_t pos) const {
@@ -86,19 +109,86 @@ int32_t verifier::depth_limit(int32_t pos) const {
     return std::max(0, limit);
 }
 
+// Takes the memory back to the copy. Where the host fails nothing is known of it any more, and only clearing helps.
+void verifier::load_copy() {
+    stopwatch watch(ns);
+    behind_ = false;
+    undo_   = -1;
+    if (!copy_.load()) {
+        throw failure(MTP_ROLLBACK, "the host refused to load the recurrent state of position " +
+                                        std::to_string(copy_.end()) + "; clear the context and evaluate the text again");
+    }
+    behind_ = true;
+    undo_   = undo_limit(0);
+}
+
+void verifier::replay() {
+    if (!behind_) {
+        return;
+    }
+    live_row_ = -1;
+    load_copy();
+    if (!replay_.empty()) {
+        batch_.clear();
+        for (size_t i = 0; i < replay_.size(); ++i) {
+            batch_.push(replay_[i], copy_.end() + static_cast<int32_t>(i), i + 1 == replay_.size());
+        }
+        n_replayed += batch_.size();
+        if (const int32_t code = decode()) {
+            throw failure(MTP_HOST, "llama_decode returned " + std::to_string(code));
+        }
+        live_row_ = batch_.size() - 1;
+    }
+    behind_ = false;
+}
+
+// Before the rows of a round: a memory that is behind goes back to the copy; of one that is not a copy is made, if
+// there are drafts to take out again. False when the host makes none.
+bool verifier::make_ready(bool with_drafts) {
+    if (with_drafts && replays_only()) {
+        replay();
+    }
+    if (behind_) {
+        load_copy();
+        return true;
+    }
+    replay_.clear();
+    copy_.drop();
+    undo_ = 0;
+    stopwatch watch(ns);
+    return !with_drafts || copy_.save(base_);
+}
+
+int32_t verifier::decode() {
+    stopwatch watch(ns);
+    ++n_decodes;
+    const int32_t code = api_.decode(params_.target, batch_.view());
+    if (code == 0) {
+        api_.synchronize(params_.target);
+    }
+    return code;
+}
+
 void verifier::verify(int32_t last, int32_t pos, const int32_t * drafts, int32_t n) {
+    live_row_ = -1;
+    if (has_copies() && !make_ready(n > 0)) {
+        n = 0;
+    }
     batch_.clear();
+    for (const int32_t token : replay_) {
+        batch_.push(token, copy_.end() + batch_.size(), false);
+    }
+    first_row_ = batch_.size();
+    n_replayed += first_row_;
     batch_.push(last, pos, true);
     for (int32_t i = 0; i < n; ++i) {
         batch_.push(drafts[i], pos + 1 + i, true);
     }
-    live_row_ = -1;
-    stopwatch watch(ns);
-    ++n_decodes;
+    // Until we know what the decode left behind.
     const int32_t undo = undo_;
-    undo_              = -1;  // until we know what the decode left behind
-    const int32_t code = api_.decode(params_.target, batch_.view());
-    if (code != 0) {
+    behind_            = has_copy();
+    undo_              = behind_ ? undo : -1;
+    if (const int32_t code = decode()) {
         // 1: no room, nothing was decoded. After anything else rows may be there: attention can take them out.
         const bool attention = params_.rollback == MTP_ROLLBACK_ATTENTION;
         if (code == 1 || (attention && (host_end() <= pos || api_.memory_seq_rm(memory_, 0, pos, -1)))) {
@@ -106,12 +196,12 @@ void verifier::verify(int32_t last, int32_t pos, const int32_t * drafts, int32_t
         }
         throw failure(MTP_HOST, "llama_decode returned " + std::to_string(code));
     }
-    api_.synchronize(params_.target);
+    behind_ = false;
     row_tokens_.assign(1, last);
     row_tokens_.insert(row_tokens_.end(), drafts, drafts + n);
     sampled_ = accepted_ = 0;
     rejected_            = false;
-    set_undo(1 + n);
+    undo_                = undo_limit(1 + n);
 }
 
 int32_t verifier::sample(void * sampler) {
@@ -121,9 +211,9 @@ int32_t verifier::sample(void * sampler) {
     int32_t token;
     {
         stopwatch watch(sample_ns);
-        token = api_.sampler_sample(sampler, params_.target, sampled_);
+        token = api_.sampler_sample(sampler, params_.target, first_row_ + sampled_);
     }
-    live_row_ = sampled_++;  // only now: a chain that throws leaves the row to be asked for again
+    live_row_ = first_row_ + sampled_++;  // only now: a chain that throws leaves the row to be asked for again
     if (sampled_ < rows()) {
         rejected_ = token != row_tokens_[sampled_];
         accepted_ += rejected_ ? 0 : 1;
@@ -137,7 +227,7 @@ void verifier::commit(int32_t n) {
     }
     sampled_  = n;
     accepted_ = n - 1;
-    live_row_ = n - 1;
+    live_row_ = first_row_ + n - 1;
 }
 
 }  // namespace mtp

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 
 namespace fake {
@@ -46,12 +47,25 @@ bool is_target(const context & c) {
 }
 
 // What a hidden row knows: its position, everything that was read up to there, and who made it.
-float digest(const context & c, int32_t pos) {
+float digest(const std::vector<int32_t> & tokens, int32_t last) {
     uint32_t h = 5381u;
-    for (int32_t i = 0; i <= pos - c.start; ++i) {
-        h = h * 33u ^ static_cast<uint32_t>(c.tokens[i]);
+    for (int32_t i = 0; i <= last; ++i) {
+        h = h * 33u ^ static_cast<uint32_t>(tokens[i]);
     }
     return static_cast<float>(h % 65521u);  // exact in a float
+}
+
+float digest(const context & c, int32_t pos) {
+    return digest(c.tokens, pos - c.start);
+}
+
+// The target as the draft is to see it: its memory, which a rollback to a checkpoint leaves behind for a while.
+int32_t target_end() {
+    return current->opt.checkpoint ? mtp_n_past(current->session) : current->target.end();
+}
+
+const std::vector<int32_t> & target_text() {
+    return current->opt.checkpoint ? current->truth : current->target.tokens;
 }
 
 void write_row(context & c, float * row, int32_t pos) {
@@ -63,19 +77,20 @@ void write_row(context & c, float * row, int32_t pos) {
 // A row of the draft context: the token of the text at pos with the target's row of the position before; only beyond
 // the target's end may it be the head's own proposal with the head's own row. True when it is of the latter kind.
 bool check_draft_row(const context & d, int32_t token, const float * embd, int32_t pos) {
-    const context & t   = current->target;
-    const bool      own = embd[2] == 2.0f;
-    bool            right;
+    const auto &  text = target_text();
+    const int32_t end  = target_end();
+    const bool    own  = embd[2] == 2.0f;
+    bool          right;
     if (embd[0] == 0 && embd[1] == 0 && embd[2] == 0) {
         current->n_unknown_rows += pos > 0 ? 1 : 0;
-        right = pos <= t.end();
+        right = pos <= end;
     } else if (own) {
-        right = pos > t.end() && embd[0] == static_cast<float>(pos) && embd[1] == digest(d, pos - 1);
+        right = pos > end && embd[0] == static_cast<float>(pos) && embd[1] == digest(d, pos - 1);
     } else {
-        right = pos <= t.end() && embd[0] == static_cast<float>(pos) && embd[1] == digest(t, pos - 1);
+        right = pos <= end && embd[0] == static_cast<float>(pos) && embd[1] == digest(text, pos - 1);
     }
-    if (pos < t.end()) {
-        right = right && token == t.tokens[pos];
+    if (pos < end) {
+        right = right && token == text[pos];
     }
     current->n_mispaired += right ? 0 : 1;
     return own;
@@ -83,12 +98,49 @@ bool check_draft_row(const context & d, int32_t token, const float * embd, int32
 
 // The draft memory before a decode: the target's text, and nothing that the head once proposed.
 void check_draft_memory(const context & d) {
-    const context & t = current->target;
-    for (int32_t p = d.start; p < std::min(d.end(), t.end()); ++p) {
+    const auto & text = target_text();
+    for (int32_t p = d.start; p < std::min(d.end(), target_end()); ++p) {
         const int32_t token = d.tokens[p - d.start];
-        const bool    stale = d.own[p - d.start] || (token != -1 && token != t.tokens[p]);
+        const bool    stale = d.own[p - d.start] || (token != -1 && token != text[p]);
         current->n_stale_cells += stale ? 1 : 0;
     }
+}
+
+// A head's own layer before it reads: every cell of the memory holds what this head made of that token.
+void check_layer(context & d, int32_t pos) {
+    auto & layer = d.written[d.head];
+    bool   whole = d.tokens.empty() || static_cast<int32_t>(layer.size()) >= pos;
+    for (int32_t p = d.start; whole && p < d.end(); ++p) {
+        whole = layer[p] == d.tokens[p - d.start];
+    }
+    current->n_holes += whole ? 0 : 1;
+}
+
+// The head that attends to the target's cells: nothing is written, every row stands at the target's end.
+int32_t decode_shared(context & d, batch b) {
+    const context & t = current->target;
+    CHECK(b.n_tokens == 1 && b.logits[0] != 0);
+    CHECK(b.pos[0] == t.end());
+    const float * embd = b.embd;
+    const bool    own  = embd[2] == 2.0f;
+    if (own) {
+        current->n_mispaired += embd[0] == static_cast<float>(t.end() + 1) ? 0 : 1;
+        ++d.n_own;
+    } else {
+        const bool known = embd[0] != 0 || embd[1] != 0;
+        current->n_unknown_rows += known ? 0 : 1;
+        const bool right = embd[0] == static_cast<float>(t.end()) && embd[1] == digest(t, t.end() - 1);
+        current->n_mispaired += known && !right ? 1 : 0;
+        d.n_own = 0;
+    }
+    d.outputs.assign(1, true);
+    d.batch_pos.assign(1, b.pos[0]);
+    d.rows.assign(n_embd, 0.0f);
+    d.rows[0] = static_cast<float>(t.end() + 1);
+    d.rows[2] = 2.0f;
+    ++d.n_decodes;
+    ++d.n_rows;
+    return 0;
 }
 
 int32_t decode(void * ctx, batch b) {
@@ -98,12 +150,23 @@ int32_t decode(void * ctx, batch b) {
     }
     const bool late = current->fails(is_target(c) ? "compute target" : "compute draft");  // rows stay in the memory
     if (!is_target(c)) {
+        current->draft_positions.insert(current->draft_positions.end(), b.pos, b.pos + b.n_tokens);
+    }
+    if (!is_target(c) && current->opt.shares_kv) {
+        return decode_shared(c, b);
+    }
+    if (!is_target(c)) {
         check_draft_memory(c);
     }
     CHECK(b.n_tokens > 0 && b.n_tokens <= current->opt.n_batch);
     CHECK((b.embd != nullptr) == !is_target(c));
     if (c.end() + b.n_tokens > current->opt.n_ctx) {
         return 1;
+    }
+    const bool two_parts = is_target(c) && current->opt.checkpoint;
+    if (two_parts) {
+        // The real host goes on where the shorter part ends, and the other part is garbage from there.
+        c.poisoned = c.poisoned || c.state != c.tokens;
     }
     c.outputs.assign(b.n_tokens, false);
     c.batch_pos.assign(b.pos, b.pos + b.n_tokens);
@@ -124,20 +187,34 @@ int32_t decode(void * ctx, batch b) {
             CHECK(i == 0 && current->lenient);  // llama-batch.cpp: consecutive, else the batch is refused
             return -1;
         }
+        if (!is_target(c) && current->opt.n_heads > 1) {
+            c.written.resize(current->opt.n_heads);
+            if (i == 0) {
+                check_layer(c, b.pos[0]);
+            }
+            auto & layer = c.written[c.head];
+            layer.resize(std::max<size_t>(layer.size(), b.pos[i] + 1), -1);
+            layer[b.pos[i]] = b.token[i];
+        }
         const bool own =
             !is_target(c) && check_draft_row(c, b.token[i], b.embd + static_cast<size_t>(i) * n_embd, b.pos[i]);
         c.tokens.push_back(b.token[i]);
         c.own.push_back(own);
+        if (two_parts) {
+            c.state.push_back(b.token[i]);
+        }
         c.outputs[i] = b.logits[i] != 0;
         n_outputs += c.outputs[i] ? 1 : 0;
         // A gathering graph publishes hidden rows of outputs only, from row 0.
-        const bool masked = !is_target(c) && current->opt.gathers;
+        const bool masked = !is_target(c) && (current->opt.gathers || current->opt.all_outputs);
         if (!masked || c.outputs[i]) {
             write_row(c, &c.rows[static_cast<size_t>(masked ? row++ : i) * n_embd], b.pos[i]);
         }
     }
-    CHECK(n_outputs <= (is_target(c) ? 1 + current->opt.n_draft_max : 1));  // llama-context.cpp: n_outputs_max
-    const int32_t tail = b.n_tokens <= current->opt.n_ubatch ? b.n_tokens : 1 + current->opt.n_rs_seq;
+    const int32_t draft_outputs = current->opt.all_outputs ? b.n_tokens : 1;
+    CHECK(current->opt.all_outputs ? is_target(c) || n_outputs == b.n_tokens : true);
+    CHECK(n_outputs <= (is_target(c) ? 1 + current->opt.n_draft_max : draft_outputs));  // n_outputs_max
+    const int32_t tail = 1 + (b.n_tokens - 1) % current->opt.n_ubatch;  // the rows of the last ubatch
     c.undo             = std::min(current->opt.n_rs_seq, tail - 1);
     c.spent            = false;
     ++c.n_decodes;
@@ -153,8 +230,10 @@ void * get_memory(const void * ctx) {
 
 void memory_clear(void * memory, bool) {
     context & c = of(memory);
+    CHECK(is_target(c) || !current->opt.shares_kv);  // would wipe the target's cells
     c.tokens.clear();
     c.own.clear();
+    c.state.clear();
     c.start    = 0;
     c.poisoned = false;
     c.undo     = 0;
@@ -171,6 +250,9 @@ bool seq_rm(void * memory, int32_t seq, int32_t p0, int32_t p1) {
     const int32_t keep = std::max(0, p0 - c.start);
     if (keep >= static_cast<int32_t>(c.tokens.size())) {
         return true;
+    }
+    if (is_target(c) && current->opt.checkpoint && p0 > 0 && p0 < static_cast<int32_t>(c.state.size())) {
+        return false;  // the recurrent part, which is asked first
     }
     if (is_target(c) && current->opt.recurrent && p0 > 0) {
         const int32_t back = c.end() - p0;
@@ -190,11 +272,48 @@ bool seq_rm(void * memory, int32_t seq, int32_t p0, int32_t p1) {
 }
 
 int32_t seq_pos_max(void * memory, int32_t) {
-    return of(memory).end() - 1;
+    const context & c = of(memory);
+    const bool two_parts = is_target(c) && current->opt.checkpoint;
+    return (two_parts ? std::min(c.end(), static_cast<int32_t>(c.state.size())) : c.end()) - 1;
+}
+
+// The recurrent part as bytes: its tokens behind a mark.
+constexpr size_t  word = sizeof(int32_t);
+constexpr int32_t mark = 0x5747;
+
+size_t state_seq_get_size(void * ctx, int32_t seq, uint32_t flags) {
+    context & c = of(ctx);
+    CHECK(seq == 0 && flags == 1 && is_target(c) && current->opt.checkpoint);
+    return current->fails("state size") ? 0 : (1 + c.state.size()) * word;
+}
+
+size_t state_seq_get_data(void * ctx, uint8_t * data, size_t n, int32_t seq, uint32_t flags) {
+    context & c = of(ctx);
+    CHECK(seq == 0 && flags == 1 && is_target(c) && n == (1 + c.state.size()) * word);
+    if (current->fails("state save")) {
+        return 0;
+    }
+    ++current->n_saves;
+    std::memcpy(data, &mark, word);
+    std::memcpy(data + word, c.state.data(), c.state.size() * word);
+    return n;
+}
+
+size_t state_seq_set_data(void * ctx, const uint8_t * data, size_t n, int32_t seq, uint32_t flags) {
+    context & c = of(ctx);
+    CHECK(seq == 0 && flags == 1 && is_target(c) && std::memcmp(data, &mark, word) == 0);
+    c.state.clear();
+    if (current->fails("state load")) {
+        return 0;
+    }
+    ++current->n_loads;
+    c.state.resize(n / word - 1);
+    std::memcpy(c.state.data(), data + word, n - word);
+    return n;
 }
 
 int32_t proposal(const context & c) {
-    const int32_t pos = c.end();
+    const int32_t pos = current->opt.shares_kv && !is_target(c) ? current->target.end() + 1 + c.n_own : c.end();
     const int32_t t   = pos < static_cast<int32_t>(current->truth.size()) ? current->truth[pos] : 0;
     const bool    bad = pos < static_cast<int32_t>(current->wrong.size()) && current->wrong[pos];
     return bad ? (t + 1) % n_vocab : t;
@@ -266,7 +385,7 @@ int32_t get_sampled_token_ith(void * ctx, int32_t i) {
 }
 
 void set_embeddings_nextn(void * ctx, bool value, bool masked) {
-    CHECK(value && masked == (!is_target(of(ctx)) && current->opt.gathers));
+    CHECK(value && masked == (!is_target(of(ctx)) && (current->opt.gathers || current->opt.all_outputs)));
 }
 
 float * get_embeddings_nextn(void * ctx) {
@@ -280,10 +399,32 @@ float * get_embeddings_nextn_ith(void * ctx, int32_t i) {
         return nullptr;
     }
     int32_t row = i;
-    if (current->opt.gathers) {
+    if (current->opt.gathers || current->opt.all_outputs) {
         row = static_cast<int32_t>(std::count(c.outputs.begin(), c.outputs.begin() + i, true));
     }
     return &c.rows[static_cast<size_t>(row) * n_embd];
+}
+
+void set_nextn_layer_offset(void * ctx, int32_t offset) {
+    CHECK(!is_target(of(ctx)) && current->opt.n_heads > 1);
+    CHECK(offset >= 0 && offset < current->opt.n_heads);
+    of(ctx).head = offset;
+}
+
+// A vocabulary is a table of words here.
+using words = std::vector<std::string>;
+
+int32_t vocab_n_tokens(const void * vocab) {
+    return static_cast<int32_t>(static_cast<const words *>(vocab)->size());
+}
+
+const char * vocab_get_text(const void * vocab, int32_t token) {
+    const std::string & word = (*static_cast<const words *>(vocab))[token];
+    return word == "?" ? nullptr : word.c_str();
+}
+
+int vocab_get_attr(const void * vocab, int32_t token) {
+    return static_cast<int>((*static_cast<const words *>(vocab))[token].size() > 5);
 }
 
 template <typename F> void * address(F * function) {
@@ -339,7 +480,14 @@ mtp_host_api host::api() {
              address(get_sampled_token_ith),
              address(set_embeddings_nextn),
              address(get_embeddings_nextn),
-             address(get_embeddings_nextn_ith) };
+             address(get_embeddings_nextn_ith),
+             address(set_nextn_layer_offset),
+             address(vocab_n_tokens),
+             address(vocab_get_text),
+             address(vocab_get_attr),
+             address(state_seq_get_size),
+             address(state_seq_get_data),
+             address(state_seq_set_data) };
 }
 
 mtp_host_layout host::layout() {
@@ -358,12 +506,19 @@ mtp_session_params host::params() {
     p.n_batch     = opt.n_batch;
     p.n_ubatch    = opt.n_ubatch;
     p.n_draft_max = opt.n_draft_max;
-    p.n_rs_seq    = opt.n_rs_seq;
-    p.rollback    = opt.recurrent ? MTP_ROLLBACK_SNAPSHOTS : MTP_ROLLBACK_ATTENTION;
+    p.n_rs_seq    = opt.checkpoint ? 0 : opt.n_rs_seq;
+    p.rollback    = opt.checkpoint  ? MTP_ROLLBACK_CHECKPOINT
+                    : opt.recurrent ? MTP_ROLLBACK_SNAPSHOTS
+                                    : MTP_ROLLBACK_ATTENTION;
     p.gathers     = opt.gathers ? 1 : 0;
     p.gaps        = opt.gaps ? 1 : 0;
     p.confidence  = opt.confidence ? 1 : 0;
     p.n_draft_min = opt.n_draft_min;
+    p.drafting    = opt.shares_kv ? MTP_DRAFTING_SHARED_KV
+                    : opt.n_heads > 1 ? MTP_DRAFTING_CHAINED
+                                      : MTP_DRAFTING_ONE_HEAD;
+    p.n_heads     = opt.n_heads;
+    p.all_outputs = opt.all_outputs ? 1 : 0;
     return p;
 }
 
@@ -374,6 +529,7 @@ mtp_session * host::open() {
     mtp_session * s = nullptr;
     char          text[256];
     CHECK(mtp_session_open(&a, &l, &p, &s, text, sizeof text) == MTP_OK);
+    session = s;
     return s;
 }
 

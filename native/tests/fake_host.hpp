@@ -18,6 +18,7 @@ constexpr int32_t n_embd  = 3;
 
 struct options {
     bool    recurrent     = false;
+    bool    checkpoint    = false; // a recurrent part without snapshots
     bool    gathers       = false;
     bool    gaps          = false;
     bool    confidence    = false;
@@ -29,6 +30,9 @@ struct options {
     int32_t n_rs_seq      = 4;
     int32_t n_draft_min   = 0;
     bool    draft_context = true;
+    int32_t n_heads       = 1;     // more than one: chained
+    bool    shares_kv     = false; // the draft context attends to the target's cells
+    bool    all_outputs   = false;
 };
 
 // One context. `start` is the position of tokens[0]: a draft context may begin late.
@@ -39,6 +43,7 @@ struct context {
     int32_t              undo     = 0;     // recurrent: what can really be taken back
     bool                 poisoned = false; // recurrent: rolled back further than the snapshots reach
     bool                 spent    = false; // recurrent: rolled back since the last decode
+    std::vector<int32_t> state;            // checkpoint: what the recurrent part has read
     std::vector<bool>    outputs;          // of the last batch
     std::vector<int32_t> batch_pos;
     std::vector<float>   rows;             // hidden rows of the last batch
@@ -46,6 +51,10 @@ struct context {
     int                  n_rows    = 0;
     int                  n_seq_rm  = 0;
     void *               sampler   = nullptr;
+    int                  n_own     = 0;    // shared KV: steps since the target's row
+    int32_t              head      = 0;    // llama_set_nextn_layer_offset
+    // Chained heads have a KV layer each in the same cells: what each head last wrote there, by position.
+    std::vector<std::vector<int32_t>> written;
 
     int32_t end() const { return start + static_cast<int32_t>(tokens.size()); }
 };
@@ -69,6 +78,7 @@ class host {
 
     options              opt;
     context              target, draft;
+    mtp_session *        session = nullptr;  // the one that open() made last
     std::vector<int32_t> truth;     // the text by position: what a right draft proposes
     std::vector<bool>    wrong;     // [position] the draft for it is wrong
     int                  n_samples      = 0;
@@ -77,6 +87,9 @@ class host {
     bool                 lenient        = false;  // a position that does not follow is refused instead of checked
     int                  n_unknown_rows = 0;  // zero rows after the start of the text
     int                  n_chains_alive = 0;
+    int                  n_saves = 0, n_loads = 0;  // of the recurrent part
+    int                  n_holes        = 0;  // a head that reads cells which it did not write
+    std::vector<int32_t> draft_positions;     // of all rows of the draft context
 
     // The k-th call from now of a function fails in its own way, or throws.
     std::map<std::string, int> fail_in;

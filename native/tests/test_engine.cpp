@@ -69,6 +69,22 @@ std::vector<options> kinds() {
         all.push_back(o);
     }
     all.push_back([] { options o; o.device_picks = false; return o; }());
+    for (int i = 0; i < 4; ++i) {
+        options o;
+        o.checkpoint = true;
+        o.gathers    = (i & 1) != 0;
+        o.confidence = (i & 2) != 0;
+        all.push_back(o);
+    }
+    for (int i = 0; i < 8; ++i) {
+        options o;
+        o.gathers    = (i & 1) != 0;
+        o.confidence = (i & 2) != 0;
+        o.n_heads    = (i & 4) != 0 ? 1 : 4;
+        o.shares_kv  = (i & 4) != 0;
+        all.push_back(o);
+    }
+    all.push_back([] { options o; o.all_outputs = true; return o; }());
     return all;
 }
 
@@ -85,18 +101,23 @@ void every_depth_and_accept_count_gives_the_plain_text() {
                     h.wrong[p] = accepted < depth && (p - 8) % (accepted + 1) == static_cast<size_t>(accepted);
                 }
                 g.run(150);
-                CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0 && h.n_unknown_rows == 0);
+                CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0 && h.n_unknown_rows == 0 && h.n_holes == 0);
                 mtp_counters c{};
                 CHECK(mtp_settle(s) == MTP_OK);
                 mtp_session_counters(s, &c);
                 CHECK(c.n_target_decodes == c.n_rounds);
-                if (depth > 0) {
-                    CHECK(c.n_draft_decodes == c.n_rounds * depth);  // catch-up rides on the first step
+                if (o.checkpoint && depth > 0) {
+                    CHECK(c.n_draft_decodes == c.n_drafted);  // a round that has much to replay drafts nothing
+                } else if (o.shares_kv) {
+                    CHECK(c.n_draft_decodes == c.n_rounds * depth);  // nothing to catch up with
+                } else if (depth > 0) {
+                    // Catch-up rides on the first step; heads of a chain that were not reached catch up as well.
+                    CHECK(c.n_draft_decodes == c.n_rounds * (o.n_heads > 1 ? o.n_heads : depth));
                 } else {
-                    CHECK(c.n_draft_decodes == 149 / o.n_batch);  // only when n_batch rows wait
+                    CHECK(c.n_draft_decodes == 149 / o.n_batch * o.n_heads);  // only when n_batch rows wait
                 }
                 CHECK(c.n_sampled == 142 && h.n_samples == 142);
-                if (depth > 0) {
+                if (depth > 0 && !o.checkpoint) {
                     CHECK(c.n_drafted == c.n_rounds * depth);
                 }
                 mtp_session_close(s, 1);
@@ -162,7 +183,7 @@ void long_prompts_are_fed_in_batches() {
             mtp_session * s = h.open();
             generation    g(h, s, prompt_of(n), 3, 180);
             g.run(n + 40);
-            CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0 && h.n_unknown_rows == 0);
+            CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0 && h.n_unknown_rows == 0 && h.n_holes == 0);
             CHECK(h.draft.start == 0);
             CHECK(g.step.n_accepted == g.step.n_sampled - (g.step.n_sampled > g.step.n_drafted ? 1 : 0));
             mtp_session_close(s, 1);
@@ -248,9 +269,12 @@ void a_replaced_memory_drafts_again() {
 }
 
 void drafts_from_elsewhere_use_draft_verify_commit() {
-    for (bool with_context : { false, true }) {
-        options o;
+    for (int kind = 0; kind < 4; ++kind) {
+        const bool with_context = (kind & 1) != 0;
+        options    o;
         o.draft_context = with_context;
+        o.checkpoint    = (kind & 2) != 0;
+        int replays     = 0;
         host          h(o);
         mtp_session * s      = h.open();
         const auto    prompt = prompt_of(6);
@@ -263,21 +287,29 @@ void drafts_from_elsewhere_use_draft_verify_commit() {
             std::vector<int32_t> drafts(h.truth.begin() + pos + 1, h.truth.begin() + pos + 4);
             if (with_context) {
                 int32_t n = -1;
-                CHECK(mtp_draft(s, text.back(), pos, 3, 0, drafts.data(), &n) == MTP_OK && n == 3);
+                const int32_t expected = mtp_replays_only(s) != 0 ? 0 : 3;
+                CHECK(mtp_draft(s, text.back(), pos, 3, 0, drafts.data(), &n) == MTP_OK && n == expected);
             }
             const int32_t right = round % 4;
             for (int32_t i = right; i < 3; ++i) {
                 drafts[i] = (drafts[i] + 1) % fake::n_vocab;
             }
+            replays += mtp_replays_only(s);
             CHECK(mtp_verify(s, text.back(), pos, drafts.data(), 3) == MTP_OK);
+            CHECK(mtp_rows_left(s) == 4);
             CHECK(mtp_commit(s, 9) == MTP_INVALID);
             CHECK(mtp_commit(s, right + 1) == MTP_OK);
             for (int32_t i = 0; i <= right; ++i) {
                 text.push_back(h.truth[text.size()]);
             }
             CHECK(mtp_n_past(s) == static_cast<int32_t>(text.size()) - 1);
-            CHECK(mtp_live_row(s) == right);
+            const int32_t row = mtp_live_row(s);
+            CHECK(o.checkpoint ? row >= right : row == right);
+            CHECK(h.target.outputs[row] && h.target.batch_pos[row] == mtp_n_past(s) - 1);
         }
+        mtp_counters c{};
+        mtp_session_counters(s, &c);
+        CHECK(c.n_target_decodes == c.n_rounds + replays && (replays > 0) == o.checkpoint);  // given drafts are taken
         CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0);
         mtp_session_close(s, 1);
     }
@@ -303,7 +335,8 @@ void short_drafts_are_dropped() {
 void a_failing_host_never_changes_the_text() {
     const char * names[] = { "decode target", "decode draft", "seq_rm target", "seq_rm draft", "get_logits_ith",
                              "sampler_sample", "get_sampled_token_ith", "get_embeddings_nextn",
-                             "get_embeddings_nextn_ith", "compute target", "compute draft" };
+                             "get_embeddings_nextn_ith", "compute target", "compute draft", "state size",
+                             "state save", "state load" };
     for (const auto & o : kinds()) {
         for (const char * name : names) {
             for (int nth : { 1, 2, 3, 5, 8 }) {
@@ -329,13 +362,14 @@ void a_failing_host_never_changes_the_text() {
                         CHECK(std::string(mtp_session_error(s)).size() > 4);
                         // What the adapter does: the text so far is evaluated again.
                         h.target.tokens.clear();
+                        h.target.state.clear();
                         h.target.poisoned = false;
                         CHECK(mtp_forget(s, 0) == MTP_OK);
                         h.eval(s, { g.text.begin(), g.text.end() - 1 }, 0);
                     }
                     CHECK(failures <= 1);
                     CHECK(std::equal(g.text.begin(), g.text.end(), h.truth.begin()));
-                    CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0);
+                    CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0 && h.n_holes == 0);
                     mtp_session_close(s, 1);
                     CHECK(h.n_chains_alive == 0);
                 }
@@ -591,6 +625,7 @@ void bad_arguments_are_refused_and_change_nothing() {
 
     CHECK(mtp_settle(nullptr) == MTP_INVALID);
     CHECK(mtp_live_row(nullptr) == -1 && mtp_n_past(nullptr) == -1 && mtp_n_past_draft(nullptr) == -1);
+    CHECK(mtp_rows_left(nullptr) == -1 && mtp_replays_only(nullptr) == 0 && mtp_replay(nullptr) == MTP_INVALID);
     CHECK(mtp_can_truncate(nullptr, 0) == 0);
     CHECK(std::string(mtp_session_error(nullptr)).size() > 4);
     mtp_session_counters(nullptr, nullptr);
@@ -815,6 +850,190 @@ void a_session_without_a_draft_context_has_no_state() {
     mtp_session_close(s, 1);
 }
 
+void vocabularies_are_compared_by_content() {
+    const auto                     a = host::api();
+    const auto                     l = host::layout();
+    const std::vector<std::string> words{ "one", "two", "three" };
+    char                           text[128];
+    const auto compare = [&](const std::vector<std::string> & other) {
+        text[0] = 0;
+        return mtp_compare_vocabularies(&a, &l, &words, &other, text, sizeof text);
+    };
+    CHECK(compare({ "one", "two", "three" }) == MTP_OK && text[0] == 0);
+    CHECK(compare({ "one", "two" }) == MTP_INVALID && std::strstr(text, "3 tokens, the other 2"));
+    CHECK(compare({ "one", "tow", "three" }) == MTP_INVALID && std::strstr(text, "token 1 ('two' and 'tow')"));
+    CHECK(compare({ "one", "?", "three" }) == MTP_INVALID);  // the host has no text for it
+    CHECK(mtp_compare_vocabularies(&a, &l, &words, nullptr, text, sizeof text) == MTP_INVALID);
+    CHECK(mtp_compare_vocabularies(&a, &l, &words, nullptr, nullptr, 0) == MTP_INVALID);
+}
+
+options with_checkpoint() {
+    options o;
+    o.checkpoint = true;
+    return o;
+}
+
+// Each round decodes once and copies the state at most once, in or out: what a rejection left is decoded in front of
+// the next round's rows, and where that is more than n_draft_max rows the round takes no drafts.
+void a_rejection_costs_rows_and_no_decode() {
+    for (int32_t accepted = 0; accepted <= 4; ++accepted) {
+        host          h(with_checkpoint());
+        mtp_session * s = h.open();
+        generation    g(h, s, prompt_of(8), 4, 200);
+        h.wrong.assign(220, false);
+        for (size_t p = 9; p < h.wrong.size(); ++p) {
+            h.wrong[p] = accepted < 4 && (p - 9) % (accepted + 1) == static_cast<size_t>(accepted);
+        }
+        while (g.text.size() < 129 || g.step.rows_left > 0) {
+            CHECK(g.try_next() == MTP_OK && g.text.back() == h.truth[g.text.size() - 1]);
+        }
+        int32_t size = 9, rounds = 0, drafted = 0, replayed = 0, saves = 0, loads = 0, carried = 0;
+        for (bool behind = false; size < static_cast<int32_t>(g.text.size()); ++rounds) {
+            const int32_t n = carried > 4 ? 0 : 4;
+            drafted += n;
+            replayed += carried;
+            loads += behind ? 1 : 0;
+            saves += !behind && n > 0 ? 1 : 0;
+            int32_t agreed = 0;
+            while (agreed < n && !h.wrong[size + agreed]) {
+                ++agreed;
+            }
+            behind  = agreed < n;
+            carried = behind ? carried + agreed + 1 : 0;
+            size += agreed + 1;
+        }
+        CHECK(mtp_settle(s) == MTP_OK);
+        mtp_counters c{};
+        mtp_session_counters(s, &c);
+        CHECK(c.n_rounds == rounds && c.n_target_decodes == rounds && h.target.n_decodes == rounds + 1);
+        CHECK(c.n_drafted == drafted && c.n_replayed == replayed && h.n_saves == saves && h.n_loads == loads);
+        CHECK(h.target.n_rows == 8 + rounds + drafted + replayed);
+        CHECK(accepted == 4 ? loads == 0 && drafted == 4 * rounds : loads > saves);
+        mtp_session_close(s, 1);
+    }
+}
+
+// At every row of a round: the memory is what it says it is, the last row is live, and nothing was captured twice.
+void a_replay_makes_the_memory_real() {
+    for (int32_t at = 10; at < 60; ++at) {
+        host          h(with_checkpoint());
+        mtp_session * s = h.open();
+        generation    g(h, s, prompt_of(9), 4, 120);
+        h.wrong.assign(140, false);
+        for (size_t p = 10; p < 120; p += 2 + p % 5) {
+            h.wrong[p] = true;
+        }
+        g.run(at + 1);
+        CHECK(mtp_settle(s) == MTP_OK);
+        const int32_t end = mtp_n_past(s), decodes = h.target.n_decodes;
+        CHECK(end == at || end == at - 1);  // a token that came from a row is not decoded before the next round
+        CHECK(mtp_replay(s) == MTP_OK && mtp_n_past(s) == end);
+        CHECK(h.target.end() == end && h.target.state == h.target.tokens && !h.target.poisoned);
+        CHECK(std::equal(h.target.tokens.begin(), h.target.tokens.end(), h.truth.begin()));
+        const int32_t row = mtp_live_row(s);
+        CHECK(row >= 0 && h.target.outputs[row] && h.target.batch_pos[row] == end - 1);
+        CHECK(mtp_n_past_draft(s) == end);
+        const int32_t once = h.target.n_decodes;
+        CHECK(once - decodes <= 1);
+        CHECK(mtp_replay(s) == MTP_OK && h.target.n_decodes == once);
+        h.eval(s, { h.truth[end], h.truth[end + 1] }, end);
+        g.text.assign(h.truth.begin(), h.truth.begin() + end + 3);
+        g.run(100);
+        CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0 && h.n_unknown_rows == 0);
+        mtp_session_close(s, 1);
+    }
+}
+
+// Going back reaches the copy and no further, in the middle of a round and after it, and the draft follows.
+void a_copy_is_as_far_as_one_can_go_back() {
+    for (int32_t wrong : { 0, 2, 4 }) {  // of the second round
+        for (int32_t back = 0; back < 12; ++back) {
+            for (bool settled : { false, true }) {
+                host          h(with_checkpoint());
+                mtp_session * s = h.open();
+                generation    g(h, s, prompt_of(9), 4, 120);
+                h.wrong.assign(140, false);
+                if (wrong > 0) {
+                    h.wrong[15 + wrong - 1] = true;
+                }
+                g.run(15);  // one round, all right: positions 9 to 13, and a token
+                const int32_t base = 14;
+                g.run(wrong > 0 ? base + 1 + wrong : base + 6);
+                if (settled) {
+                    CHECK(mtp_settle(s) == MTP_OK);
+                }
+                const int32_t end = mtp_n_past(s), to = end - back;
+                CHECK(end == (wrong > 0 ? base + wrong : base + 5));
+                CHECK(mtp_can_truncate(s, to) == (to >= base ? 1 : 0));
+                CHECK(mtp_truncate(s, to) == (to >= base ? MTP_OK : MTP_ROLLBACK));
+                if (to >= base) {
+                    CHECK(mtp_n_past(s) == to);
+                    CHECK(mtp_replay(s) == MTP_OK && h.target.end() == to && h.target.state == h.target.tokens);
+                    CHECK((to > base) == (mtp_live_row(s) >= 0));
+                    g.text.resize(to + 1);
+                }
+                g.run(90);
+                CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0 && !h.target.poisoned);
+                mtp_session_close(s, 1);
+            }
+        }
+    }
+}
+
+void without_a_copy_there_are_no_drafts() {
+    for (const char * name : { "state size", "state save" }) {
+        host          h(with_checkpoint());
+        mtp_session * s = h.open();
+        generation    g(h, s, prompt_of(9), 3, 120);
+        h.fail_in[name] = 2;
+        g.run(14);
+        CHECK(g.step.n_drafted == 3);
+        CHECK(g.try_next() == MTP_OK && g.step.new_round == 1 && g.step.n_drafted == 0 && g.step.rows_left == 0);
+        g.run(90);
+        CHECK(g.step.n_drafted == 3 && h.n_mispaired == 0 && h.n_stale_cells == 0);
+        mtp_session_close(s, 1);
+    }
+}
+
+// A decode that fails after the copy went in may be tried again; a copy that does not go in leaves nothing to go on
+// from, which is said and not hidden.
+void a_failed_replay_loses_no_text() {
+    for (const char * name : { "decode target", "compute target", "state load", "seq_rm target" }) {
+        for (bool alone : { false, true }) {  // the replay by itself, or in front of the next round
+            host          h(with_checkpoint());
+            mtp_session * s = h.open();
+            generation    g(h, s, prompt_of(9), 3, 120);
+            h.wrong.assign(140, true);
+            g.run(12);
+            h.fail_in[name]     = 1;
+            const bool    loads = std::string(name) == "state load" || std::string(name) == "seq_rm target";
+            const int     code  = alone ? mtp_replay(s) : g.try_next();
+            CHECK(code == (loads ? MTP_ROLLBACK : MTP_HOST));
+            CHECK(mtp_n_past(s) == 11);
+            if (loads) {
+                CHECK(mtp_can_truncate(s, 11) == 0 && g.try_next() == MTP_ROLLBACK);
+                CHECK(mtp_truncate(s, 0) == MTP_OK);
+                h.eval(s, { g.text.begin(), g.text.end() - 1 }, 0);
+            }
+            g.run(90);
+            CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0 && !h.target.poisoned);
+            mtp_session_close(s, 1);
+        }
+    }
+    for (const char * name : { "decode target", "compute target" }) {  // with nothing to replay, but a copy
+        host          h(with_checkpoint());
+        mtp_session * s = h.open();
+        generation    g(h, s, prompt_of(9), 3, 120);
+        g.run(14);
+        CHECK(g.step.rows_left == 0 && h.n_loads == 0);
+        h.fail_in[name] = 1;
+        CHECK(g.try_next() == MTP_HOST && mtp_n_past(s) == 13);
+        g.run(90);
+        CHECK(h.n_loads == 1 && h.n_mispaired == 0 && h.n_stale_cells == 0 && !h.target.poisoned);
+        mtp_session_close(s, 1);
+    }
+}
+
 // Random operations against a list of tokens: what the adapter may do, in any order.
 void random_operations(uint32_t seed, int steps) {
     std::mt19937 rng(seed);
@@ -824,9 +1043,12 @@ void random_operations(uint32_t seed, int steps) {
     o.gathers    = pick(2) != 0;
     o.gaps       = pick(2) != 0;
     o.confidence = pick(2) != 0;
-    o.n_batch    = 7 + pick(20);
+    o.n_heads    = pick(3) == 0 ? 1 + pick(4) : 1;
+    o.shares_kv  = o.n_heads == 1 && pick(4) == 0;
+    o.checkpoint = !o.recurrent && !o.shares_kv && pick(2) != 0;
+    o.n_batch    = (o.checkpoint ? 5 : 7) + pick(20);  // down to where nothing fits beside a round
     o.n_rs_seq   = 1 + pick(4);
-    o.n_ubatch   = o.n_rs_seq + 2 + pick(o.n_batch - o.n_rs_seq - 1);
+    o.n_ubatch   = o.n_rs_seq + 2 + pick(std::max(1, o.n_batch - o.n_rs_seq - 1));
     o.n_ctx      = 60 + pick(200);
     host                 h(o);
     mtp_session *        s = h.open();
@@ -851,8 +1073,8 @@ void random_operations(uint32_t seed, int steps) {
         for (int32_t p = 0; p < o.n_ctx; ++p) {
             h.wrong[p] = ((p * 7 + static_cast<int32_t>(seed)) % 5) < 2;
         }
-        switch (pick(14)) {
-            case 0: CHECK(mtp_settle(s) == MTP_OK); break;
+        switch (pick(16)) {
+            case 0: CHECK((pick(2) != 0 ? mtp_settle(s) : mtp_replay(s)) == MTP_OK); break;
             case 12: kept = save(h, s), kept_text = text; break;
             case 13: {
                 if (!kept_text.empty()) {
@@ -876,9 +1098,24 @@ void random_operations(uint32_t seed, int steps) {
             }
             case 3: {  // evaluate the next few tokens outside a round
                 const int32_t n = std::min(1 + pick(4), o.n_ctx - pos - 2);
-                CHECK(mtp_settle(s) == MTP_OK);
+                CHECK(mtp_replay(s) == MTP_OK);
                 h.eval(s, { h.truth.begin() + pos, h.truth.begin() + pos + n }, pos);
                 text.assign(h.truth.begin(), h.truth.begin() + pos + n + 1);
+                break;
+            }
+            case 4:
+            case 5: {  // drafts from elsewhere
+                mtp_step             step{};
+                const int32_t        most = o.recurrent ? o.n_rs_seq : o.n_draft_max;
+                const int32_t        n    = std::min(pick(most + 1), o.n_ctx - pos - 1);
+                std::vector<int32_t> drafts(h.truth.begin() + pos + 1, h.truth.begin() + pos + 1 + n);
+                if (n > 0 && pick(3) != 0) {
+                    const int32_t at = pick(n);
+                    drafts[at]       = (drafts[at] + 1) % fake::n_vocab;
+                }
+                CHECK(mtp_verify(s, text.back(), pos, drafts.data(), n) == MTP_OK);
+                CHECK(mtp_sample(s, sampler, &step) == MTP_OK && step.n_drafted == n);
+                text.push_back(step.token);
                 break;
             }
             default: {
@@ -888,7 +1125,7 @@ void random_operations(uint32_t seed, int steps) {
             }
         }
         CHECK(std::equal(text.begin(), text.end(), h.truth.begin()));
-        CHECK(!h.target.poisoned && h.n_mispaired == 0 && h.n_stale_cells == 0);
+        CHECK(!h.target.poisoned && h.n_mispaired == 0 && h.n_stale_cells == 0 && h.n_holes == 0);
         CHECK(mtp_n_past(s) == static_cast<int32_t>(text.size()) - 1);
     }
     mtp_session_close(s, 1);
@@ -942,6 +1179,12 @@ int main(int argc, char ** argv) {
     RUN(a_damaged_state_is_refused_and_changes_nothing);
     RUN(more_waiting_rows_than_fit_are_refused);
     RUN(a_session_without_a_draft_context_has_no_state);
+    RUN(vocabularies_are_compared_by_content);
+    RUN(a_rejection_costs_rows_and_no_decode);
+    RUN(a_replay_makes_the_memory_real);
+    RUN(a_copy_is_as_far_as_one_can_go_back);
+    RUN(without_a_copy_there_are_no_drafts);
+    RUN(a_failed_replay_loses_no_text);
     RUN(random_operations_keep_the_text);
     std::printf("%d passed, 0 failed\n", n);
     return 0;

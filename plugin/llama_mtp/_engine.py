@@ -19,7 +19,7 @@ if (built := ffi.string(lib.mtp_version()).decode()) != __version__:
         f"The native engine is of version {built}, the package {__version__}; reinstall llama-mtp."
     )
 
-__all__ = ["check", "ffi", "lib", "open_session"]
+__all__ = ["check", "compare_vocabularies", "ffi", "lib", "open_session"]
 
 _EXCEPTIONS: dict[int, type[Exception]] = {
     lib.MTP_INVALID: NativeError,
@@ -48,12 +48,33 @@ def api_names() -> list[str]:
     return [name for name, _ in ffi.typeof("struct mtp_host_api").fields]
 
 
+def _api(addresses: dict[str, int]) -> Any:
+    return ffi.new(
+        "struct mtp_host_api *", {n: ffi.cast("void *", a) for n, a in addresses.items()}
+    )
+
+
+def compare_vocabularies(
+    addresses: dict[str, int], layout: dict[str, int], a: int, b: int
+) -> str | None:
+    """Say where two ``llama_vocab`` (addresses) part; None when they have the same tokens."""
+    text = ffi.new("char[256]")
+    status = lib.mtp_compare_vocabularies(
+        _api(addresses),
+        ffi.new("struct mtp_host_layout *", layout),
+        ffi.cast("void *", a),
+        ffi.cast("void *", b),
+        text,
+        len(text),
+    )
+    return None if status == lib.MTP_OK else ffi.string(text).decode("utf-8", "replace")
+
+
 def open_session(addresses: dict[str, int], layout: dict[str, int], params: dict[str, Any]) -> Any:
     """Open a native session; its owner closes it with ``mtp_session_close``."""
-    api = ffi.new("struct mtp_host_api *", {n: ffi.cast("void *", a) for n, a in addresses.items()})
     out, text = ffi.new("mtp_session **"), ffi.new("char[256]")
     status = lib.mtp_session_open(
-        api,
+        _api(addresses),
         ffi.new("struct mtp_host_layout *", layout),
         ffi.new("struct mtp_session_params *", params),
         out,

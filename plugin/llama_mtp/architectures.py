@@ -14,7 +14,7 @@ Rollback = Literal["attention", "snapshots", "checkpoint"]
 
 ``attention``: the KV cache is cut at any position. ``snapshots``: recurrent state, restored from
 the last ``n_rs_seq + 1`` rows of the last micro-batch. ``checkpoint``: recurrent state with no
-snapshots; only a saved copy and a replay would bring it back.
+snapshots; a copy from before the drafts and a replay bring it back.
 """
 
 
@@ -28,11 +28,14 @@ class Architecture:
             (one per batch position). The wrong choice returns another token's row, or aborts.
         rollback: how the target forgets rejected tokens.
         mrope: positions of one sequence may have gaps (M-RoPE), always.
-        chained: may have several heads, made for one draft position each (the engine drafts
-            every position with the first); elsewhere more than one head aborts.
-        shares_kv: the head reads the target's KV cache instead of having its own.
+        chained: may have several heads, one for each draft position; elsewhere more than one head
+            aborts.
+        shares_kv: the head is a model of its own that reads the KV cache of the target.
+        target: the architecture of that target.
         requires: tensors of the NextN block, without ``blk.N.``, that the graph uses unchecked or
             asserts on, besides those that every NextN block must have.
+        one_of: sets of tensors, of which one has to be complete: the loader takes a part of one,
+            and the graph crashes on it.
     """
 
     gathers: bool
@@ -40,21 +43,34 @@ class Architecture:
     mrope: bool = False
     chained: bool = False
     shares_kv: bool = False
+    target: str = ""
     requires: tuple[str, ...] = ()
+    one_of: tuple[tuple[str, ...], ...] = ()
 
+
+_DENSE = ("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")
+_EXPERTS = (
+    "ffn_gate_inp.weight",
+    "ffn_down_exps.weight",
+    "ffn_gate_shexp.weight",
+    "ffn_up_shexp.weight",
+    "ffn_down_shexp.weight",
+)
+_MOE = (*_EXPERTS, "ffn_gate_exps.weight", "ffn_up_exps.weight")
+_MOE_FUSED = (*_EXPERTS, "ffn_gate_up_exps.weight")
 
 ARCHITECTURES: dict[str, Architecture] = {
     "qwen35": Architecture(gathers=False, rollback="snapshots", mrope=True),
     "qwen35moe": Architecture(gathers=False, rollback="snapshots", mrope=True),
     "qwen3next": Architecture(gathers=True, rollback="checkpoint"),
-    "step35": Architecture(gathers=True, chained=True),
+    "step35": Architecture(gathers=True, chained=True, one_of=(_DENSE, _MOE)),
     # The trunk may have split q/k/v and experts; the NextN graph knows only the fused, dense form.
     "mimo2": Architecture(
         gathers=True,
         chained=True,
-        requires=("attn_qkv.weight", "ffn_gate.weight", "ffn_up.weight", "ffn_down.weight"),
+        requires=("attn_qkv.weight", *_DENSE),
     ),
-    "hy_v3": Architecture(gathers=False, chained=True),
+    "hy_v3": Architecture(gathers=False, chained=True, one_of=(_DENSE, _MOE, _MOE_FUSED)),
     "glm4moe": Architecture(gathers=False),
     "deepseek2": Architecture(gathers=False),
     "deepseek32": Architecture(gathers=False),
@@ -68,18 +84,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bailingmoe3": Architecture(
         gathers=False, rollback="snapshots", requires=("layer_output_norm.weight",)
     ),
-    "gemma4-assistant": Architecture(gathers=True, shares_kv=True),
+    "gemma4-assistant": Architecture(gathers=True, shares_kv=True, target="gemma4"),
 }
 
 NOT_EXECUTABLE: dict[str, str] = {
     "glm5-next": "llama.cpp 0.3.36 loads the NextN tensors of glm5-next but has no graph for them",
     "dots3note": "llama.cpp 0.3.36 skips the NextN tensors of dots3note",
-    "exaone4": "llama.cpp 0.3.36 keeps the NextN tensors of exaone4 but has no graph for them",
-    "exaone-moe": "llama.cpp 0.3.36 keeps the NextN tensors of exaone-moe but has no graph "
-    "for them",
-    "glm4": "llama.cpp 0.3.36 keeps the NextN tensors of glm4 but has no graph for them",
-    "bailingmoe2": "llama.cpp 0.3.36 keeps the NextN tensors of bailingmoe2 but has no graph "
-    "for them",
+    "exaone4": "llama.cpp 0.3.36 skips the NextN tensors of exaone4",
+    "exaone-moe": "llama.cpp 0.3.36 skips the NextN tensors of exaone-moe",
+    "glm4": "llama.cpp 0.3.36 skips the NextN tensors of glm4",
+    "bailingmoe2": "llama.cpp 0.3.36 skips the NextN tensors of bailingmoe2",
     "nemotron_h": "llama.cpp 0.3.36 has a NextN graph for nemotron_h_moe only, not for nemotron_h",
     "graniteswitch": "graniteswitch uses the NextN count for its router layer, which is not a head",
 }

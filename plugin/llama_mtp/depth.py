@@ -105,7 +105,7 @@ class DepthPolicy:
         self._hits = [_PRIOR_HITS] * depth_max
         self._tries = [_PRIOR_TRIES] * depth_max
         self._accept = [_PRIOR_HITS / _PRIOR_TRIES] * depth_max
-        self._wasted = 0.0  # recent ns in which the drafter found nothing to propose
+        self._wasted = 0.0  # recent ns in which the drafter found nothing, or left rows to replay
         self._made = 1.0  # recent rounds in which it did
         self._best = depth_max
         self._plan: list[int] = self._calibration()  # depths still to be tried, last one first
@@ -153,6 +153,11 @@ class DepthPolicy:
     def dropped(self) -> bool:
         """True while depth is 0 because drafting does not pay, confirmed by a second try."""
         return self._confirmed
+
+    @property
+    def best(self) -> int:
+        """The depth that pays most by what was measured so far; 0 is plain decoding."""
+        return self._best if self._adaptive else self._depth_max
 
     # ---- before and after a round
 
@@ -218,6 +223,15 @@ class DepthPolicy:
                 self._round[drafted] = self._target[drafted].ns + self._draft[drafted].ns
         self._next(drafted, sampled, accepted)
 
+    def observe_replay(self, ns: int) -> None:
+        """Learn from a plain round that also decoded rows which an earlier draft left behind.
+
+        It says nothing about plain decoding: what it took beyond that is a price of drafting.
+        """
+        plain = self._target[0]
+        if self._adaptive and plain.n and ns > plain.ns:
+            self._wasted += ns - plain.ns
+
     def explain(self) -> str:
         """Say in one sentence what is chosen and on which numbers."""
         if not self._adaptive:
@@ -255,7 +269,7 @@ class DepthPolicy:
         self._round = [t + d for t, d in zip(targets, drafts, strict=True)]
 
     def _waste(self) -> float:
-        """Ns of fruitless drafting for each round that does draft."""
+        """Ns of fruitless drafting and of replays for each round that does draft."""
         return self._wasted / self._made if self._wasted > 1.0 else 0.0
 
     def _tokens(self, depth: int) -> float:

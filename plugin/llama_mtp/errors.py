@@ -6,9 +6,17 @@ from __future__ import annotations
 class LlamaMtpError(Exception):
     """Base of every error that this package raises on its own account."""
 
+    def __str__(self) -> str:
+        # Names that come from files need not be text, and a message has to be printable.
+        return super().__str__().encode("utf-8", "backslashreplace").decode()
+
 
 class ModelFileError(LlamaMtpError, ValueError):
     """The GGUF is unreadable, or lacks what the requested spec type needs."""
+
+
+class FileWriteError(LlamaMtpError, OSError):
+    """A file cannot be written: no space or permission, or it must not be overwritten."""
 
 
 class SpecTypeError(LlamaMtpError, ValueError):

@@ -41,15 +41,18 @@ __all__ = [
     "check_version",
     "cpu_count",
     "draft_context",
+    "draft_model",
     "internals",
     "keeps_everything",
     "load_memory",
     "logits_row",
     "memory_end",
     "memory_is_sound",
+    "plan_anew",
     "pointer_to",
     "save_memory",
     "version",
+    "vocabulary_of",
 ]
 
 _OLDEST = (0, 3, 36)
@@ -67,6 +70,10 @@ _MANGLED = {
     "llama_get_embeddings_nextn_ith": (
         "_Z30llama_get_embeddings_nextn_ithP13llama_contexti",
         "?llama_get_embeddings_nextn_ith@@YAPEAMPEAUllama_context@@H@Z",
+    ),
+    "llama_set_nextn_layer_offset": (
+        "_Z28llama_set_nextn_layer_offsetP13llama_contexti",
+        "?llama_set_nextn_layer_offset@@YAXPEAUllama_context@@H@Z",
     ),
 }
 
@@ -187,11 +194,11 @@ def logits_row(context: Any, row: int, n_vocab: int) -> npt.NDArray[np.single]:
 class BufferSizes(contextlib.AbstractContextManager["BufferSizes"]):
     """Collects the buffer sizes that the host reports while something is made, in bytes by part.
 
-    Parts are the host's own words: ``KV``, ``RS``, ``compute``, ``output``. Its log lines go on to
-    where they went before.
+    Parts are the host's own words: ``KV``, ``RS``, ``state``, ``compute``, ``output``. Its log
+    lines go on to where they went before.
     """
 
-    _LINE = re.compile(r"(KV|RS|compute|output) +buffer size = +([0-9.]+) MiB")
+    _LINE = re.compile(r"(KV|RS|state|compute|output) +buffer size = +([0-9.]+) MiB")
 
     def __init__(self) -> None:
         self.bytes: dict[str, int] = {}
@@ -210,8 +217,39 @@ class BufferSizes(contextlib.AbstractContextManager["BufferSizes"]):
         C.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
 
 
+def plan_anew(context: Any) -> None:
+    """Have the host plan its compute buffers again, before its next decode.
+
+    To be called where hidden rows have been switched on: the host made its plan without them and
+    keeps it while the graph's shape is the same, which is so for deepseek4. Their memory then goes
+    to whatever is computed after them, and the rows that one reads are something else. Of the calls
+    that make the host plan anew, clearing the control vector is the one in its C interface.
+    """
+    C.llama_set_adapter_cvec(context.ctx, None, 0, 0, 0, 0)
+
+
+def draft_model(path: str, params: Any, *, verbose: bool) -> Any:
+    """Load a NextN head that is a model of its own, with the target's ``llama_model_params``.
+
+    Raises ValueError when the host cannot load it.
+    """
+    mine = type(params).from_buffer_copy(params)
+    mine.load_mtp = True
+    mine.kv_overrides = type(mine.kv_overrides)()  # they are about the target's metadata
+    mine.tensor_buft_overrides = type(mine.tensor_buft_overrides)()  # and these about its tensors
+    return internals.LlamaModel(path_model=path, params=mine, verbose=verbose)
+
+
 def draft_context(
-    target: Any, params: Any, *, type_k: int | None, type_v: int | None, verbose: bool
+    target: Any,
+    params: Any,
+    *,
+    model: Any | None = None,
+    shares_kv: bool = False,
+    all_outputs: bool = False,
+    type_k: int | None,
+    type_v: int | None,
+    verbose: bool,
 ) -> Any:
     """Make the draft context from the target's own model: no tensor is loaded twice.
 
@@ -220,18 +258,29 @@ def draft_context(
     (default: the host's default, F16). Being an ``internals.LlamaContext`` it is freed before its
     model whatever order Python drops things in.
 
+    Args:
+        model: a second model that holds the head; default: the target's.
+        shares_kv: the head reads the target's KV cache and takes its types.
+        all_outputs: every row of a decode may be an output.
+
     Raises ValueError when the host refuses to make it.
     """
     mine = type(params).from_buffer_copy(params)
     defaults = C.llama_context_default_params()
     mine.n_ctx = C.llama_n_ctx(target.ctx)
     mine.ctx_type = C.LLAMA_CONTEXT_TYPE_MTP
-    mine.ctx_other = None
+    mine.ctx_other = target.ctx if shares_kv else None
     mine.n_seq_max = 1
     mine.n_rs_seq = 0
-    mine.n_outputs_max = 1
-    mine.n_outputs_max_per_seq = 1
+    mine.n_outputs_max = mine.n_batch if all_outputs else 1
+    mine.n_outputs_max_per_seq = mine.n_outputs_max
     mine.embeddings = False
-    mine.type_k = defaults.type_k if type_k is None else type_k
-    mine.type_v = defaults.type_v if type_v is None else type_v
-    return internals.LlamaContext(model=target.model, params=mine, verbose=verbose)
+    if not shares_kv:
+        mine.type_k = defaults.type_k if type_k is None else type_k
+        mine.type_v = defaults.type_v if type_v is None else type_v
+    return internals.LlamaContext(model=model or target.model, params=mine, verbose=verbose)
+
+
+def vocabulary_of(model: Any) -> int:
+    """Return the address of the ``llama_vocab`` of an ``internals.LlamaModel``."""
+    return int(ctypes.cast(C.llama_model_get_vocab(model.model), ctypes.c_void_p).value or 0)

@@ -25,7 +25,7 @@ from .errors import (
     RollbackRefused,
     SpecTypeError,
 )
-from .session import Session, shared_prefix, unwatch, watch
+from .session import Session, different_vocabulary, shared_prefix, unwatch, watch
 from .settings import Plan, make_plan, read_options
 from .stats import SpecStats
 
@@ -62,15 +62,20 @@ class Llama(host.StockLlama):
         spec_draft_n_max: most tokens to draft per round (default 3).
         spec_draft_n_min: fewest drafts worth a round (default 0).
         spec_draft_p_min: stop drafting below this probability (default 0: never).
+        spec_draft_model: a GGUF that holds the head by itself (llama.cpp's ``mtp-X.gguf``, a Gemma
+            4 assistant); default: the head is in the model's own file.
         spec_draft_type_k, spec_draft_type_v: ggml types of the draft context's own KV cache.
         spec_draft_adaptive: let measured costs and acceptance choose the depth up to the bound;
             ``False`` keeps it constant.
         spec_checkpoints: most copies of the recurrent state of a hybrid model to keep near the ends
             of prompts (default 4, at most 512 MiB together; 0: none), so that a chat whose last
             turn changed is not read again from its start.
+        spec_allow_untested: draft also with an architecture whose head no release of this package
+            has run; libllama may abort the process.
 
-    The environment variables ``LLAMA_ARG_SPEC_TYPE``, ``LLAMA_ARG_SPEC_DRAFT_N_MAX``, ``..._N_MIN``
-    and ``..._P_MIN`` and ``LLAMA_ARG_CTX_CHECKPOINTS`` stand in for arguments that are not given.
+    The environment variables ``LLAMA_ARG_SPEC_TYPE``, ``LLAMA_ARG_SPEC_DRAFT_N_MAX``,
+    ``..._N_MIN``, ``..._P_MIN`` and ``..._MODEL``, ``LLAMA_ARG_CTX_CHECKPOINTS`` and
+    ``LLAMA_MTP_ALLOW_UNTESTED`` stand in for arguments that are not given.
 
     Raises:
         SpecTypeError: the spec type is unknown, or cannot be honoured with this file or these
@@ -89,10 +94,12 @@ class Llama(host.StockLlama):
         spec_draft_n_max: int | None = None,
         spec_draft_n_min: int | None = None,
         spec_draft_p_min: float | None = None,
+        spec_draft_model: str | None = None,
         spec_draft_type_k: int | None = None,
         spec_draft_type_v: int | None = None,
         spec_draft_adaptive: bool = True,
         spec_checkpoints: int | None = None,
+        spec_allow_untested: bool | None = None,
         **stock: Any,
     ) -> None:
         self._session: Session | None = None
@@ -114,6 +121,8 @@ class Llama(host.StockLlama):
             spec_draft_type_v,
             spec_draft_adaptive,
             spec_checkpoints,
+            spec_draft_model,
+            spec_allow_untested,
         )
         self._wants_all_rows = bool(stock.get("logits_all"))
         self._plan = make_plan(model_path, self._options, stock)
@@ -152,6 +161,9 @@ class Llama(host.StockLlama):
                 draft = host.draft_context(
                     self._ctx,
                     self.context_params,
+                    model=self._load_draft_model(),
+                    shares_kv=self._plan.head.shares_kv,
+                    all_outputs=self._plan.head.untested,
                     type_k=self._options.type_k,
                     type_v=self._options.type_v,
                     verbose=self.verbose,
@@ -163,8 +175,30 @@ class Llama(host.StockLlama):
         self._session = Session(
             self._plan, self._ctx, draft, self.n_batch, self.context_params.n_ubatch
         )
+        if draft is not None:
+            host.plan_anew(self._ctx)  # the session has asked it for hidden rows
         watch(self._ctx, self._session, self.context_params.n_outputs_max)
         logger.info("%s is on, up to %d drafts a round", self._plan.spec.name, self._plan.depth)
+
+    def _load_draft_model(self) -> Any | None:
+        """Load the head's own file, freed with this object; None where the model has the head."""
+        path = self._options.draft_model
+        if path is None:
+            return None
+        model = host.draft_model(path, self.model_params, verbose=self.verbose)
+        self._model._exit_stack.callback(model.close)
+        widths = [host.C.llama_model_n_embd_out(m.model) for m in (self._model, model)]
+        if widths[0] != widths[1]:
+            raise SpecTypeError(
+                f"The head in {path} reads hidden rows of {widths[1]} floats, and the model has "
+                f"{widths[0]}. Pass the head that was made for this model."
+            )
+        if difference := different_vocabulary(self._model, model):
+            raise SpecTypeError(
+                f"The head in {path} has another vocabulary than the model: {difference}. "
+                "Pass the head that was made for this model."
+            )
+        return model
 
     # ---- parameters: the stock __init__ assigns both before it loads anything
 
@@ -175,7 +209,7 @@ class Llama(host.StockLlama):
     @model_params.setter
     def model_params(self, params: Any) -> None:
         if self._plan is not None and self._plan.spec.needs_head:
-            params.load_mtp = True
+            params.load_mtp = self._options.draft_model is None
         self._fields_set += 1
         self.__dict__["model_params"] = params
 
@@ -509,10 +543,12 @@ class Llama(host.StockLlama):
             "spec_draft_n_max": options.n_max,
             "spec_draft_n_min": options.n_min,
             "spec_draft_p_min": options.p_min,
+            "spec_draft_model": options.draft_model,
             "spec_draft_type_k": options.type_k,
             "spec_draft_type_v": options.type_v,
             "spec_draft_adaptive": options.adaptive,
             "spec_checkpoints": options.checkpoints,
+            "spec_allow_untested": options.allow_untested,
         }
 
     # ---- lifetime: session, target context, model

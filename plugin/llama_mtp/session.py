@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import host
-from ._engine import api_names, check, ffi, lib, open_session
+from ._engine import api_names, check, compare_vocabularies, ffi, lib, open_session
+from .architectures import Rollback
 from .checkpoints import Checkpoints
 from .depth import DepthPolicy
 from .errors import BusyError, ClosedError, RollbackRefused
@@ -28,6 +29,12 @@ from .settings import Plan
 from .stats import SpecStats
 
 logger = logging.getLogger("llama_mtp")
+
+_ROLLBACK: dict[Rollback, int] = {
+    "attention": lib.MTP_ROLLBACK_ATTENTION,
+    "snapshots": lib.MTP_ROLLBACK_SNAPSHOTS,
+    "checkpoint": lib.MTP_ROLLBACK_CHECKPOINT,
+}
 
 
 class Entry:
@@ -67,7 +74,7 @@ class Session:
         self._draft = draft
         model = target.model.model
         n_vocab = target.model.n_vocab()
-        rollback = plan.report.rollback
+        rollback, head = plan.report.rollback, plan.head
         self._handle = open_session(
             host.address_table(api_names()),
             host.batch_layout(),
@@ -81,17 +88,22 @@ class Session:
                 "n_ubatch": n_ubatch,
                 "n_draft_max": plan.depth,
                 "n_rs_seq": host.C.llama_n_rs_seq(target.ctx),
-                "rollback": lib.MTP_ROLLBACK_SNAPSHOTS
-                if rollback == "snapshots"
-                else lib.MTP_ROLLBACK_ATTENTION,
-                "gathers": int(plan.report.gathers),
-                "gaps": int(plan.report.mrope),
+                "rollback": _ROLLBACK[rollback],
+                "gathers": int(head.gathers),
+                "gaps": int(head.mrope),
                 "confidence": int(plan.options.p_min > 0.0),
                 "n_draft_min": plan.options.n_min,
+                "drafting": lib.MTP_DRAFTING_SHARED_KV
+                if head.shares_kv
+                else lib.MTP_DRAFTING_CHAINED
+                if head.chained
+                else lib.MTP_DRAFTING_ONE_HEAD,
+                "n_heads": max(1, head.n_heads),
+                "all_outputs": int(head.untested),
             },
         )
         options = plan.options
-        self.recurrent = rollback == "snapshots"
+        self.recurrent = rollback != "attention"
         self.checkpoints = Checkpoints(target, options.checkpoints if self.recurrent else 0)
         self.stats = SpecStats()
         self.policy = DepthPolicy(
@@ -162,7 +174,7 @@ class Session:
         start = time.perf_counter_ns()
         step, handle = self._step, self._handle
         if proposed is not None:
-            self.settle()
+            self.settle()  # not replayed: the round that follows does that
         if self._rows_left:
             native = time.perf_counter_ns()
             check(lib.mtp_next(handle, sampler, last, pos, 0, 0.0, step), handle)
@@ -203,7 +215,7 @@ class Session:
     def _ask_drafter(self, context: npt.NDArray[np.intc], depth: int) -> tuple[list[int], int]:
         assert self._drafter is not None
         room = self._room(depth, len(context) - 1)
-        if not room:
+        if not room or lib.mtp_replays_only(self._handle):
             return [], 0
         start = time.perf_counter_ns()
         draft = self._drafter.draft(DraftRequest(_read_only(context), room))
@@ -250,7 +262,9 @@ class Session:
         )
         self._python_ns = 0
         self._counters, self._before = before, now
-        if not self._proposed:  # the caller's guesses say nothing about the drafter's
+        if step.n_replayed and not step.n_drafted:
+            self.policy.observe_replay(step.target_ns + step.draft_ns)
+        elif not self._proposed:  # the caller's guesses say nothing about the drafter's
             self.policy.observe(
                 1 + step.n_drafted,
                 step.target_ns,
@@ -296,9 +310,20 @@ class Session:
         return int(lib.mtp_live_row(self._handle))
 
     def settle(self) -> None:
-        """End a round in the middle: both contexts are cut to the tokens that were emitted."""
+        """End a round in the middle: both contexts are cut to the tokens that were emitted.
+
+        A recurrent state without snapshots follows with the next round, or at :meth:`replay`.
+        """
         self.finish_round()
         check(lib.mtp_settle(self._handle), self._handle)
+
+    def replay(self) -> None:
+        """Settle, and make the target's memory what it counts as, for others to use.
+
+        RollbackRefused where the host does not take its own state back.
+        """
+        self.finish_round()
+        check(lib.mtp_replay(self._handle), self._handle)
 
     def can_truncate(self, n_past: int) -> bool:
         return bool(lib.mtp_can_truncate(self._handle, n_past))
@@ -369,6 +394,14 @@ class Session:
         check(lib.mtp_state_set(self._handle, data, len(queue or b"")), self._handle)
 
 
+def different_vocabulary(a: Any, b: Any) -> str | None:
+    """Say where the vocabularies of two ``LlamaModel`` part; None when they are the same."""
+    addresses = host.address_table(api_names())
+    return compare_vocabularies(
+        addresses, host.batch_layout(), host.vocabulary_of(a), host.vocabulary_of(b)
+    )
+
+
 def shared_prefix(a: npt.NDArray[np.intc], b: Sequence[int]) -> int:
     """Return how many tokens two texts have in common from their start."""
     n = min(len(a), len(b))
@@ -401,7 +434,7 @@ def watch(target: Any, session: Session, n_outputs_max: int) -> None:
                 )
         if session.closed:
             raise ClosedError()
-        session.settle()
+        session.replay()
         try:
             decode(batch)
             session.capture(rows)
@@ -413,18 +446,19 @@ def watch(target: Any, session: Session, n_outputs_max: int) -> None:
     def rules_then_remove(seq_id: int, p0: int, p1: int) -> bool:
         session.settle()
         start = max(p0, 0)
-        if p1 >= 0:  # a hole in the middle: nothing that we could keep track of
-            done = bool(seq_rm(seq_id, p0, p1))
-            session.forget(session.n_past)
-            session.load_draft(None)
-            return done
-        if start < session.n_past:
+        if p1 < 0 and start < session.n_past:
             try:
                 session.truncate(start)
+                session.replay()
             except RollbackRefused:
                 return False
             return True
-        return bool(seq_rm(seq_id, p0, p1))
+        session.replay()
+        done = bool(seq_rm(seq_id, p0, p1))
+        if p1 >= 0:  # a hole in the middle: nothing that we could keep track of
+            session.forget(session.n_past)
+            session.load_draft(None)
+        return done
 
     def clear_and_forget() -> None:
         session.finish_round()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from .errors import SpecTypeError
 from .gguf_tools.inspect import HeadReport, check_head
+from .gguf_tools.shared_cells import foreign_cells
 from .hooks import SpecType
 from .registry import resolve
 
@@ -36,11 +37,13 @@ class SpecOptions:
     type_v: int | None
     adaptive: bool
     checkpoints: int = 0
+    draft_model: str | None = None
+    allow_untested: bool = False
 
     @property
     def explicit(self) -> bool:
         """Whether the user insists: what cannot be honoured then raises."""
-        return self.spec_type != "auto"
+        return self.spec_type != "auto" or self.draft_model is not None
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Plan:
 
     spec: SpecType
     options: SpecOptions
-    report: HeadReport
+    report: HeadReport  # on the model
+    head: HeadReport  # on the file that has the head: the model's, or one of its own
     depth: int  # bound on drafts per round, clamped to what the batch sizes carry
 
     @property
@@ -72,6 +76,10 @@ def _choose(keyword: _T | None, variable: str, parse: Callable[[str], _T], defau
         ) from e
 
 
+def _switch(text: str) -> bool:
+    return int(text) != 0
+
+
 def read_options(
     spec_type: str | None,
     n_max: int | None,
@@ -81,6 +89,8 @@ def read_options(
     type_v: int | None,
     adaptive: bool,
     checkpoints: int | None = None,
+    draft_model: str | None = None,
+    allow_untested: bool | None = None,
 ) -> SpecOptions:
     """Fill in environment and defaults; SpecTypeError for values out of range."""
     options = SpecOptions(
@@ -92,9 +102,15 @@ def read_options(
         type_v=type_v,
         adaptive=adaptive,
         checkpoints=_choose(checkpoints, "LLAMA_ARG_CTX_CHECKPOINTS", int, 4),
+        draft_model=_choose(draft_model, "LLAMA_ARG_SPEC_DRAFT_MODEL", str, None),
+        allow_untested=_choose(allow_untested, "LLAMA_MTP_ALLOW_UNTESTED", _switch, False),
     )
     if not isinstance(options.spec_type, str):
         raise SpecTypeError(f"spec_type must be a string, got {options.spec_type!r}.")
+    if draft_model is not None and options.spec_type == "none":
+        raise SpecTypeError(
+            'spec_draft_model has no use with spec_type="none"; leave one of the two out.'
+        )
     if not 0 <= options.n_max <= MAX_DEPTH:
         raise SpecTypeError(
             f"spec_draft_n_max must be between 0 and {MAX_DEPTH}, got {options.n_max}; "
@@ -130,19 +146,28 @@ def make_plan(model_path: str, options: SpecOptions, stock: Mapping[str, Any]) -
     spec = resolve("draft-mtp" if options.spec_type == "auto" else options.spec_type)
     if not os.path.exists(model_path):
         return None  # the stock class says so
-    obstacle = _obstacle(stock)
-    report = None if obstacle else check_head(model_path)
-    if report is not None:
-        obstacle = _missing_head(spec, report)
-    if obstacle is None and report is not None:
-        return Plan(spec, options, report, _clamp(options.n_max, report, stock))
+    obstacle = _obstacle(spec, options, stock)
+    if obstacle is None:
+        report = check_head(model_path, allow_untested=options.allow_untested)
+        head = report
+        if options.draft_model is not None:
+            head = check_head(
+                options.draft_model, target=report, allow_untested=options.allow_untested
+            )
+        obstacle = f"{head.reason} {head.remedy}".strip()
+        if not obstacle and options.draft_model is not None and head.shares_kv:
+            obstacle = foreign_cells(model_path, options.draft_model)
+        if not spec.needs_head or not obstacle:
+            return Plan(spec, options, report, head, _clamp(options.n_max, report, head, stock))
     if options.explicit:
         raise SpecTypeError(f"spec_type={options.spec_type!r} is not possible: {obstacle}")
     logger.info("running without MTP: %s", obstacle)
     return None
 
 
-def _obstacle(stock: Mapping[str, Any]) -> str | None:
+def _obstacle(spec: SpecType, options: SpecOptions, stock: Mapping[str, Any]) -> str | None:
+    if options.draft_model is not None and not spec.needs_head:
+        return f"{spec.name} drafts without a head; leave spec_draft_model out."
     if stock.get("draft_model") is not None:
         return "draft_model= is another source of drafts; pass one of the two."
     if stock.get("embedding"):
@@ -152,18 +177,7 @@ def _obstacle(stock: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _missing_head(spec: SpecType, report: HeadReport) -> str | None:
-    if spec.needs_head and not report.executable:
-        return f"{report.reason} {report.remedy}"
-    if report.rollback == "checkpoint":
-        return (
-            f"the memory of a {report.architecture} model cannot take back single tokens; "
-            'use spec_type="none".'
-        )
-    return None
-
-
-def _clamp(depth: int, report: HeadReport, stock: Mapping[str, Any]) -> int:
+def _clamp(depth: int, report: HeadReport, head: HeadReport, stock: Mapping[str, Any]) -> int:
     """Bound the depth by what one decode carries (llama-batch.cpp: n_ubatch > n_rs_seq + 1)."""
     n_ctx: int = stock.get("n_ctx", 512) or report.n_ctx_train or 512
     n_batch: int = min(n_ctx, stock.get("n_batch", 512))
@@ -171,4 +185,6 @@ def _clamp(depth: int, report: HeadReport, stock: Mapping[str, Any]) -> int:
     room = n_ubatch - 2 if report.rollback == "snapshots" else n_batch - 1
     if depth > room:
         logger.warning("spec_draft_n_max=%d lowered to %d by n_batch/n_ubatch", depth, max(room, 0))
+    if head.chained:  # as llama.cpp: nobody trained a head for the positions after the last
+        room = min(room, head.n_heads)
     return max(0, min(depth, room))

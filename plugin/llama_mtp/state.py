@@ -109,7 +109,7 @@ def load_state(llama: Any, session: Session, state: Any) -> None:
 
     # The host clears its memory before it looks at the bytes. Where nothing says that it will take
     # them, the memory is kept to be put back.
-    session.settle()
+    session.replay()
     kept = None if same_build else host.save_memory(llama._ctx)
     data = memoryview(state.llama_state)[: state.llama_state_size]
     loaded = host.load_memory(llama._ctx, data) and host.memory_is_sound(llama._ctx)
