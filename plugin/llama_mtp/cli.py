@@ -1,18 +1,22 @@
-"""The command line: ``llama-mtp run | demo | bench | inspect | doctor | plugins``.
+"""The command line: ``llama-mtp run | demo | bench | graft | split | strip | inspect | ...``.
 
 Commands import what they need when they run, so that ``llama-mtp --help`` stays quick.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
@@ -20,7 +24,7 @@ from .doctor import default_threads, findings
 from .errors import LlamaMtpError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 app = typer.Typer(
     help="Multi-token prediction for llama-cpp-python.",
@@ -187,32 +191,163 @@ def bench(
     )
 
 
+# --- joining and splitting ------------------------------------------------------------------------
+
+Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite a file that is there.")]
+
+
+@app.command()
+def graft(
+    base: Annotated[Path, typer.Argument(help="The model: a GGUF without a NextN head.")],
+    head: Annotated[
+        Path, typer.Argument(help="A GGUF with the head, or the folder of a checkpoint.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    tensor_type: Annotated[
+        str | None,
+        typer.Option("--type", help="Store the head's matrices so, for example Q8_0 or Q4_K."),
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Put the head in the place of one that is there.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Load base and result, and compare greedy tokens.")
+    ] = False,
+    threads: Threads = None,
+    force: Force = False,
+) -> None:
+    """Join a model and a NextN head into one file that runs with MTP."""
+    from .gguf_tools import graft as tool
+    from .gguf_tools.quantize import TYPES
+
+    if tensor_type is not None and tensor_type.upper() not in TYPES:
+        raise typer.BadParameter(f"--type is one of {', '.join(TYPES)}")
+    with _writing(out.name) as progress:
+        report = tool.graft(
+            base,
+            head,
+            out,
+            type=tensor_type,
+            replace_head=replace,
+            verify=24 if verify else 0,
+            n_threads=threads,
+            force=force,
+            progress=progress,
+        )
+    types = ", ".join(f"{kind} ({n})" for kind, n in report.head_types.items())
+    console.print(f"{report.n_heads} NextN head{'s' * (report.n_heads > 1)}, matrices in {types}")
+    for note in report.notes:
+        console.print(f"[yellow]note:[/] {note}", highlight=False)
+    _wrote(report.path)
+    console.print(f"Next: llama-mtp inspect {report.path}", soft_wrap=True)
+
+
+@app.command()
+def split(
+    file: Annotated[Path, typer.Argument(help="A GGUF with a NextN head.")],
+    out_dir: Annotated[
+        Path | None, typer.Option("--out-dir", help="Where to write; default: beside the file.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write a model as two files: NAME-trunk.gguf, and its head as mtp-NAME.gguf."""
+    from .gguf_tools import split as tool
+
+    with _writing(file.name) as progress:
+        paths = tool.split(file, out_dir, force=force, progress=progress)
+    for path in paths:
+        _wrote(path)
+
+
+@app.command()
+def strip(
+    file: Annotated[Path, typer.Argument(help="A GGUF with a NextN head.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The file to write; default: NAME-trunk.gguf beside it."),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write a model without its NextN head."""
+    from .gguf_tools import split as tool
+
+    with _writing(file.name) as progress:
+        path = tool.strip(file, out, force=force, progress=progress)
+    _wrote(path)
+
+
+@contextlib.contextmanager
+def _writing(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar, and let a kill or a closed terminal clean up as an interrupt does."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    def leave(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    ends = [number for number in ends if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ends:
+        signal.signal(number, leave)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    bar = Progress(*columns, TransferSpeedColumn(), console=console)
+    task = bar.add_task(escape(title), total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.start()  # only now: what is refused before has nothing to show
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+        for number in ends:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _wrote(path: Path) -> None:
+    size = path.stat().st_size / 1e6
+    console.print(f"wrote {path} ({size:.1f} MB)", soft_wrap=True, markup=False)
+
+
 # --- looking at things ----------------------------------------------------------------------------
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")]
+DraftModel = Annotated[
+    Path | None, typer.Option("--draft-model", help="A GGUF that holds the head by itself.")
+]
+GpuLayers = Annotated[int, typer.Option("--n-gpu-layers", help="Layers on the GPU; -1 for all.")]
+Depth = Annotated[int, typer.Option("--depth", min=1, max=64, help="Most tokens to draft.")]
 
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A GGUF file.", exists=True, dir_okay=False)],
+    file: Annotated[Path, typer.Argument(help="A GGUF file; of a split one, the first part.")],
+    draft_model: DraftModel = None,
+    n_ctx: Annotated[int, typer.Option(min=1, help="Context to forecast memory for.")] = 4096,
+    depth: Depth = 3,
+    n_gpu_layers: GpuLayers = 0,
+    probe: Annotated[
+        bool, typer.Option(help="Ask the host too, which takes a second, or go by the header.")
+    ] = True,
+    as_json: AsJson = False,
 ) -> None:
-    """Say whether a GGUF has a NextN head that can run, and if not, why and what to do."""
-    from .gguf_tools.inspect import check_head
+    """Say whether a GGUF has a NextN head that runs here, what MTP will cost, and what to do."""
+    from . import show
+    from .gguf_tools.inspection import ask, inspect_file
 
-    report = check_head(file)
-    table = Table.grid(padding=(0, 2))
-    table.add_row("architecture", report.architecture)
-    table.add_row("blocks", f"{report.n_layer_trunk} + {report.n_heads} NextN")
-    table.add_row("hidden size", str(report.n_embd))
-    table.add_row("trained context", str(report.n_ctx_train))
-    if report.missing:
-        table.add_row("missing tensors", ", ".join(report.missing))
-    if report.executable:
-        table.add_row("rollback", report.rollback)
-        table.add_row("verdict", "[green]runs with spec_type='draft-mtp'[/]")
+    found = inspect_file(file, draft_model=draft_model, n_ctx=n_ctx, depth=depth, probe=False)
+    if not as_json:
+        show.show_header(console, found)  # at once: the host takes its time
+    if probe:
+        with console.status("asking the host ..."):
+            found = ask(found, options={"n_gpu_layers": n_gpu_layers})
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
     else:
-        table.add_row("verdict", f"[red]no MTP:[/] {report.reason}")
-        table.add_row("remedy", report.remedy)
-    console.print(table)
-    if not report.executable:
+        show.show_verdict(console, found)
+    if found.verdict != "run":
         raise typer.Exit(1)
 
 
@@ -223,19 +358,54 @@ def plugins() -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Versions, the host's library, the functions found in it, and the plugins."""
-    healthy = True
-    table = Table.grid(padding=(0, 2))
-    table.add_column()
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")  # the library's whole path
-    for finding in findings():
-        healthy = healthy and finding.ok
-        mark = "[green]ok[/]" if finding.ok else "[red]no[/]"
-        table.add_row(mark, finding.what, finding.detail)
-    console.print(table)
-    console.print(_plugin_table())
+def doctor(
+    file: Annotated[
+        Path | None, typer.Argument(help="A GGUF to try: does MTP pay here?", show_default=False)
+    ] = None,
+    draft_model: DraftModel = None,
+    n_ctx: Annotated[int, typer.Option(min=256, help="Context length.")] = 2048,
+    depth: Depth = 3,
+    n_gpu_layers: GpuLayers = 0,
+    threads: Threads = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to try on each of 3 texts.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Paired runs per text.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Look over the installation; with a file, try it and say whether to turn MTP on here."""
+    from . import registry, show
+    from .doctor import examine
+
+    found = list(findings())
+    healthy = all(finding.ok for finding in found)
+    report: dict[str, Any] = {"findings": [vars(finding) for finding in found]}
+    if as_json:
+        names = {name: spec.needs_head for name, spec in registry.spec_types().items()}
+        report |= {"spec_types": names, "broken_plugins": registry.broken_plugins()}
+    else:
+        show.show_findings(console, found)
+        console.print(_plugin_table())
+    if file is not None and healthy:
+        n_threads = threads or default_threads()
+        with console.status(f"trying {escape(file.name)} ..."):
+            tried = examine(
+                str(file),
+                None if draft_model is None else str(draft_model),
+                n_ctx=n_ctx,
+                spec_draft_n_max=depth,
+                n_gpu_layers=n_gpu_layers,
+                n_threads=n_threads,
+                n_threads_batch=n_threads,
+                max_tokens=max_tokens,
+                repeats=repeats,
+            )
+        report |= tried.to_dict()
+        healthy = tried.judgement.verdict not in ("broken", "impossible")
+        if not as_json:
+            if tried.trial is not None:
+                show.show_trial(console, tried.trial)
+            show.show_judgement(console, tried.judgement)
+    if as_json:
+        print(json.dumps(report, indent=2))
     if not healthy:
         raise typer.Exit(1)
 
