@@ -119,10 +119,25 @@ def test_run_leaves_exits_and_exceptions_to_the_script(
 
 
 def test_run_names_what_is_missing(tmp_path: Path) -> None:
-    for args in ((), ("absent.py",)):
+    absent = ("--spec-draft-model", "absent.gguf", "show.py")
+    for args in ((), ("absent.py",), (".",), absent):
         done = command("run", *args, cwd=tmp_path)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
+
+
+def test_run_refuses_a_spec_type_that_nobody_offers(script: Path, tmp_path: Path) -> None:
+    done = command("run", "--spec-type", "draft-mpt", str(script), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "There is no spec type 'draft-mpt'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_run_hands_on_the_file_of_the_head(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "mtp-x.gguf").touch()
+    script.write_text("import os; print(os.environ['LLAMA_ARG_SPEC_DRAFT_MODEL'])")
+    done = command("run", "--spec-draft-model", "mtp-x.gguf", str(script), cwd=tmp_path)
+    assert done.stdout.strip() == str(tmp_path.resolve() / "mtp-x.gguf"), done.stderr
 
 
 # --- install --------------------------------------------------------------------------------------
@@ -167,6 +182,16 @@ def test_inspect_of_something_else_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "error:" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_error_about_any_name_is_one_sentence(tmp_path: Path) -> None:
+    """Also where the name looks like markup, or would steer the terminal."""
+    name = "[model] [/x]\x1b[2J.gguf"
+    done = command("inspect", name, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: [model] [/x]" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "\x1b" not in done.stderr
 
 
 def test_bench_has_the_nine_classes() -> None:

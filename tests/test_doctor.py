@@ -98,7 +98,8 @@ GOOD = Trial(
         ({}, "on", "Turn MTP on here, at depth 2: 1.50 times as fast"),
         ({"ratio": 1.01}, "even", "no clear difference"),
         ({"ratio": 1.2, "depth": 0}, "even", "no clear difference"),
-        ({"ratio": 0.8}, "off", "cost more than they save: 0.80 times"),
+        ({"ratio": 0.8, "depth": 0}, "off", "cost more than they save: 0.80 times"),
+        ({"ratio": 0.8}, "even", "0.80 times as fast"),  # one measurement contradicts the other
         ({"acceptance": (0.04, 0.5, 0.5), "accepted": 3}, "broken", "3 of 200 drafts agreed"),
         ({"acceptance": (0.0,), "accepted": 0, "ratio": 1.2}, "broken", "it is broken"),
         ({"partings": ("a", "b"), "illegal": 1}, "broken", "1 of 2 places"),
@@ -119,6 +120,25 @@ def test_a_broken_head_comes_with_things_to_try(on_gpu: bool) -> None:
     assert any("another GGUF" in text for text in attempts)
     assert any("llama-mtp graft" in text for text in attempts)
     assert any("--n-gpu-layers 0" in text and "27151" in text for text in attempts) == on_gpu
+
+
+@pytest.mark.parametrize("ratio", [1.5, 1.0, 0.8])
+def test_a_gpu_that_was_left_out_is_mentioned(ratio: float) -> None:
+    """What was measured on the processor says nothing about the card beside it."""
+    tried = replace(GOOD, ratio=ratio, depth=2 if ratio > 1 else 0)
+    for can_offload, on_gpu in ((True, False), (True, True), (False, False)):
+        said = judge(replace(tried, can_offload=can_offload, on_gpu=on_gpu))
+        mentioned = any("--n-gpu-layers -1" in text for text in said.attempts)
+        assert mentioned == (can_offload and not on_gpu)
+
+
+def test_an_environment_that_no_model_would_load_with_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LLAMA_ARG_SPEC_TYPE", "draft-mpt")
+    done = doctor()
+    assert done.exit_code == 1
+    assert "There is no spec type 'draft-mpt'" in " ".join(done.output.split())
 
 
 # --- trying a file --------------------------------------------------------------------------------

@@ -716,6 +716,13 @@ def test_the_command_says_what_it_did(pair: tuple[models.Model, Path], tmp_path:
         again.stderr == f"error: {out} exists. Name another file, or overwrite it with --force.\n"
     )
     assert run("graft", str(trunk), str(m.path), "-o", str(out), "--type", "Q9").returncode == 2
+    odd = tmp_path / "joined [a].gguf"
+    done = run("graft", str(trunk), str(m.path), "-o", str(odd))
+    assert f"llama-mtp inspect '{odd}'\n" in done.stdout
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    shard.write_bytes(bytes(64))
+    done = run("graft", str(trunk), str(shard), "-o", str(out), "--force")
+    assert f"Name its folder instead: {tmp_path}\n" in done.stderr
 
 
 def test_the_example_runs_as_it_stands(pair: tuple[models.Model, Path], tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_refuses_what_is_not_a_sound_gguf(tmp_path: Path, content: bytes, messag
 def test_refuses_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="cannot be read"):
         read_header(tmp_path / "absent.gguf")
-    with pytest.raises(ModelFileError, match="cannot be read"):
+    with pytest.raises(ModelFileError, match="cannot be read: it is a folder"):
         read_header(tmp_path)
 
 

@@ -421,7 +421,15 @@ def test_prints_parts_verdict_and_the_next_command(model: ModelFactory) -> None:
     path = model("hy_v3").path
     done = run(path)
     assert done.exit_code == 0, done.output
-    for text in ("hy_v3", "2 layers, 1 NextN head", "mainly F32", "draft KV", "in all", "runs"):
+    for text in (
+        str(path),
+        "hy_v3",
+        "2 layers, 1 NextN head",
+        "mainly F32",
+        "draft KV",
+        "in all",
+        "runs",
+    ):
         assert text in done.output
     assert host.version() in done.output
     assert done.output.rstrip().endswith(f"Next: llama-mtp doctor {path}")

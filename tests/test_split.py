@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from llama_mtp import Llama, cli
 from llama_mtp.errors import FileWriteError, ModelFileError
 from llama_mtp.gguf_tools import split as tool
+from llama_mtp.gguf_tools import write
 from llama_mtp.gguf_tools.entries import decode, entry, metadata_of
 from llama_mtp.gguf_tools.graft import graft
 from llama_mtp.gguf_tools.header import BLOCKS, read_header
@@ -127,6 +128,28 @@ def test_a_trunk_in_which_nothing_slides_goes_on_declaring_its_head(
     assert metadata(joined) == metadata(whole)
 
 
+def test_a_split_that_fails_leaves_the_files_that_were_there(
+    model: ModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With force as well: an old head is not given up for a trunk that cannot be written."""
+    whole = model("qwen35").path
+    files = split(whole, tmp_path)
+    for file in files:
+        file.write_bytes(b"old")
+    whole_write = tool.write_gguf
+
+    def write_no_trunk(out: Path, *args: Any, **more: Any) -> int:
+        if out == files[0]:
+            raise FileWriteError("the disk is gone")
+        return whole_write(out, *args, **more)
+
+    monkeypatch.setattr(tool, "write_gguf", write_no_trunk)
+    with pytest.raises(FileWriteError):
+        split(whole, tmp_path, force=True)
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+    assert {file.read_bytes() for file in files} == {b"old"}
+
+
 # --- what cannot be split -------------------------------------------------------------------------
 
 
@@ -212,6 +235,19 @@ def test_split_leaves_both_files_or_none(
     assert not list(tmp_path.iterdir())
 
 
+def test_space_for_both_files_is_asked_for_before_the_first(
+    model: ModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = model("hy_v3").path
+    one = max(path.stat().st_size for path in split(whole, tmp_path))
+    for path in tmp_path.iterdir():
+        path.unlink()
+    monkeypatch.setattr(write, "free_space", lambda _: one)
+    with pytest.raises(FileWriteError, match="are free there"):
+        split(whole, tmp_path, progress=lambda *_: pytest.fail("it writes"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_progress_counts_both_files(model: ModelFactory, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     split(model("hy_v3").path, tmp_path, progress=lambda *x: seen.append(x))
@@ -227,6 +263,7 @@ def test_the_commands(model: ModelFactory, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     trunk, mtp = tmp_path / "M-trunk.gguf", tmp_path / "mtp-M.gguf"
     assert str(trunk) in done.output and str(mtp) in done.output
+    assert done.output.endswith(f"Next: llama-mtp inspect {trunk} --draft-model {mtp}\n")
     out = tmp_path / "stripped.gguf"
     done = runner.invoke(cli.app, ["strip", str(whole), "-o", str(out)])
     assert done.exit_code == 0, done.output

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import runpy
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -46,7 +47,10 @@ def main() -> None:
     try:
         app()
     except LlamaMtpError as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        from .show import plain  # an error may quote what a file calls its parts
+
+        text = f"[red]error:[/] {plain(str(error))}"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 
@@ -93,17 +97,28 @@ def run(
     spec_draft_n_max: Annotated[
         int | None, typer.Option(min=0, help="Most tokens to draft per round.")
     ] = None,
+    spec_draft_model: Annotated[
+        Path | None,
+        typer.Option(help="A GGUF that holds the head by itself.", exists=True, dir_okay=False),
+    ] = None,
 ) -> None:
     """Run a script or module that uses llama_cpp, unedited, with MTP on."""
     from .install import install
+    from .registry import RESERVED, resolve
 
     rest = args or []
     if module is None and not rest:
         raise typer.BadParameter("name a script, or a module with -m MODULE")
     if module is None and not Path(rest[0]).exists():
         raise typer.BadParameter(f"there is no file {rest[0]!r}")
+    if module is None and Path(rest[0]).is_dir() and not Path(rest[0], "__main__.py").exists():
+        raise typer.BadParameter(f"{rest[0]!r} is a folder without a __main__.py")
     if spec_type is not None:
+        if spec_type not in RESERVED:
+            resolve(spec_type)
         os.environ["LLAMA_ARG_SPEC_TYPE"] = spec_type
+    if spec_draft_model is not None:
+        os.environ["LLAMA_ARG_SPEC_DRAFT_MODEL"] = str(spec_draft_model.resolve())
     if spec_draft_n_max is not None:
         os.environ["LLAMA_ARG_SPEC_DRAFT_N_MAX"] = str(spec_draft_n_max)
     install()
@@ -205,7 +220,12 @@ def graft(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
     tensor_type: Annotated[
         str | None,
-        typer.Option("--type", help="Store the head's matrices so, for example Q8_0 or Q4_K."),
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            help="Store the head's matrices in another type: F32, F16, BF16, Q8_0, Q6_K, Q5_K, "
+            "Q4_K, Q3_K, Q2_K or Q4_0; default: as they are.",
+        ),
     ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Put the head in the place of one that is there.")
@@ -213,7 +233,9 @@ def graft(
     verify: Annotated[
         bool, typer.Option("--verify", help="Load base and result, and compare greedy tokens.")
     ] = False,
-    threads: Threads = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", "-t", min=1, help="Threads for --verify.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Join a model and a NextN head into one file that runs with MTP."""
@@ -237,9 +259,9 @@ def graft(
     types = ", ".join(f"{kind} ({n})" for kind, n in report.head_types.items())
     console.print(f"{report.n_heads} NextN head{'s' * (report.n_heads > 1)}, matrices in {types}")
     for note in report.notes:
-        console.print(f"[yellow]note:[/] {note}", highlight=False)
+        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     _wrote(report.path)
-    console.print(f"Next: llama-mtp inspect {report.path}", soft_wrap=True)
+    _next("llama-mtp inspect", report.path)
 
 
 @app.command()
@@ -257,6 +279,7 @@ def split(
         paths = tool.split(file, out_dir, force=force, progress=progress)
     for path in paths:
         _wrote(path)
+    _next("llama-mtp inspect", paths[0], "--draft-model", paths[1])
 
 
 @app.command()
@@ -310,6 +333,11 @@ def _wrote(path: Path) -> None:
     console.print(f"wrote {path} ({size:.1f} MB)", soft_wrap=True, markup=False)
 
 
+def _next(command: str, *args: str | Path) -> None:
+    line = " ".join([command, *(shlex.quote(str(arg)) for arg in args)])
+    console.print(f"Next: {line}", soft_wrap=True, markup=False, highlight=False)
+
+
 # --- looking at things ----------------------------------------------------------------------------
 
 
@@ -317,7 +345,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes
 DraftModel = Annotated[
     Path | None, typer.Option("--draft-model", help="A GGUF that holds the head by itself.")
 ]
-GpuLayers = Annotated[int, typer.Option("--n-gpu-layers", help="Layers on the GPU; -1 for all.")]
+GpuLayers = Annotated[
+    int, typer.Option("--n-gpu-layers", help="Layers on the GPU; -1 for all, 0 for none.")
+]
 Depth = Annotated[int, typer.Option("--depth", min=1, max=64, help="Most tokens to draft.")]
 
 
@@ -333,7 +363,10 @@ def inspect(
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether a GGUF has a NextN head that runs here, what MTP will cost, and what to do."""
+    """Say whether a GGUF has a NextN head that runs here, what MTP will cost, and what to do.
+
+    Ends with status 0 if the head runs, 1 if not.
+    """
     from . import show
     from .gguf_tools.inspection import ask, inspect_file
 
@@ -353,7 +386,7 @@ def inspect(
 
 @app.command()
 def plugins() -> None:
-    """List the spec types, who registers them, and plugins that failed to load."""
+    """List the spec types that can be used, and plugins that failed to load."""
     console.print(_plugin_table())
 
 
@@ -371,7 +404,10 @@ def doctor(
     repeats: Annotated[int, typer.Option(min=1, help="Paired runs per text.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Look over the installation; with a file, try it and say whether to turn MTP on here."""
+    """Look over the installation; with a file, try it and say whether to turn MTP on here.
+
+    Ends with status 1 if something is missing or broken, or the file's head does not run.
+    """
     from . import registry, show
     from .doctor import examine
 
@@ -402,7 +438,8 @@ def doctor(
         healthy = tried.judgement.verdict not in ("broken", "impossible")
         if not as_json:
             if tried.trial is not None:
-                show.show_trial(console, tried.trial)
+                cost = tried.inspection.forecast
+                show.show_trial(console, tried.trial, (cost and cost.head_weights) or 0)
             show.show_judgement(console, tried.judgement)
     if as_json:
         print(json.dumps(report, indent=2))

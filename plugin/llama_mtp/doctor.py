@@ -69,13 +69,13 @@ def findings() -> Iterator[Finding]:
         ("host functions", _functions),
         ("native engine", _engine),
         ("plugins", _plugins),
+        ("environment", _environment),
     ):
         try:
             yield Finding(True, what, look())
         except (LlamaMtpError, ImportError, OSError, AttributeError) as error:
             yield Finding(False, what, str(error))
     yield Finding(True, "processor cores", str(default_threads()))
-    yield Finding(True, "environment", _environment())
 
 
 def examine(path: str, draft_model: str | None = None, **options: Any) -> Examination:
@@ -202,6 +202,15 @@ def _plugins() -> str:
 
 
 def _environment() -> str:
-    """Variables that change what this package or the host does."""
+    """Variables that change what this package or the host does.
+
+    Raises SpecTypeError for one of ours that no `Llama` could be made with.
+    """
+    from .registry import RESERVED, resolve
+    from .settings import read_options
+
+    options = read_options(None, None, None, None, None, None, True)
+    if options.spec_type not in RESERVED:
+        resolve(options.spec_type)
     found = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)]
     return "\n".join(found) or "nothing set"

@@ -160,7 +160,10 @@ def make_plan(model_path: str, options: SpecOptions, stock: Mapping[str, Any]) -
         if not spec.needs_head or not obstacle:
             return Plan(spec, options, report, head, _clamp(options.n_max, report, head, stock))
     if options.explicit:
-        raise SpecTypeError(f"spec_type={options.spec_type!r} is not possible: {obstacle}")
+        asked = f"spec_type={options.spec_type!r}"
+        if options.draft_model is not None:
+            asked = f"spec_draft_model={options.draft_model!r}"
+        raise SpecTypeError(f"{asked} is not possible: {obstacle}")
     logger.info("running without MTP: %s", obstacle)
     return None
 

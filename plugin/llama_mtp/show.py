@@ -27,6 +27,7 @@ def show_header(console: Console, found: Inspection) -> None:
     heads = f"{found.n_layer_trunk} layers, {found.n_heads} NextN head{'s' * (found.n_heads != 1)}"
     rows = {
         "file": _parts(found),
+        "name": found.name,
         "head's file": found.draft_model or "",
         "architecture": found.architecture or "not said",
         "blocks": heads,
@@ -52,15 +53,19 @@ def show_verdict(console: Console, found: Inspection) -> None:
         rows["asked"] = f"{who} {answer} ({found.probe_seconds:.1f} s, no weights loaded)"
     elif found.forecast is not None:
         rows["asked"] = "nobody: by the header alone, and what is known of the architecture"
-    console.print()
-    _grid(console, rows)
+    if rows:
+        console.print()
+        _grid(console, rows)
     if found.forecast is not None:
         _show_forecast(console, found)
     if found.verdict == "run":
-        text = "[green]runs[/] with spec_type='draft-mtp'"
+        option = "spec_type='draft-mtp'"
+        if found.draft_model is not None:
+            option = f"spec_draft_model={found.draft_model!r}"
+        text = f"[green]runs[/] with {plain(option)}"
     else:
-        text = f"[red]no MTP as it is[/]: {_plain(found.reason)} {_plain(found.remedy)}"
-    console.print(f"\n{text}\nNext: [bold]{_plain(found.next_command)}[/]", soft_wrap=True)
+        text = f"[red]no MTP as it is[/]: {plain(found.reason)} {plain(found.remedy)}"
+    console.print(f"\n{text}\nNext: [bold]{plain(found.next_command)}[/]", soft_wrap=True)
 
 
 def show_findings(console: Console, findings: list[Finding]) -> None:
@@ -71,12 +76,12 @@ def show_findings(console: Console, findings: list[Finding]) -> None:
     table.add_column(overflow="fold")  # the library's whole path
     for finding in findings:
         mark = "[green]ok[/]" if finding.ok else "[red]no[/]"
-        table.add_row(mark, finding.what, _plain(finding.detail))
+        table.add_row(mark, finding.what, plain(finding.detail))
     console.print(table)
 
 
-def show_trial(console: Console, trial: Trial) -> None:
-    """Print what was measured."""
+def show_trial(console: Console, trial: Trial, head_weights: int) -> None:
+    """Print what was measured; ``head_weights`` in bytes."""
     rates = " ".join(f"{rate:.2f}" for rate in trial.acceptance)
     same = f"{trial.tokens} compared, "
     if trial.partings:
@@ -89,7 +94,8 @@ def show_trial(console: Console, trial: Trial) -> None:
         "speed": f"{trial.plain_rate:.1f} tokens/s plain, {trial.mtp_rate:.1f} with MTP, "
         f"ratio {trial.ratio:.2f}",
         "depth": trial.reckoning,
-        "memory": f"{_mib(trial.added_memory, sign=True)} of buffers, by part "
+        "memory": f"{_mib(head_weights, sign=True)} of head, "
+        f"{_mib(trial.added_memory, sign=True)} of buffers, which by part are "
         + ", ".join(f"{part} {_mib(size)}" for part, size in trial.memory.items() if size),
     }
     _grid(console, rows)
@@ -101,16 +107,17 @@ def show_trial(console: Console, trial: Trial) -> None:
 def show_judgement(console: Console, judgement: Judgement) -> None:
     """Print the advice in one line, and what to try below it."""
     colour = {"on": "green", "even": "yellow", "off": "yellow"}.get(judgement.verdict, "red")
-    console.print(f"\n[{colour}]{_plain(judgement.advice)}[/]", soft_wrap=True, highlight=False)
+    console.print(f"\n[{colour}]{plain(judgement.advice)}[/]", soft_wrap=True, highlight=False)
     for attempt in judgement.attempts:
-        console.print(f"  Try: {_plain(attempt)}", soft_wrap=True, highlight=False)
+        console.print(f"  Try: {plain(attempt)}", soft_wrap=True, highlight=False)
 
 
 def _show_forecast(console: Console, found: Inspection) -> None:
     cost = found.forecast
     assert cost is not None
     source = "" if cost.source == "host" else ", by header arithmetic"
-    table = Table("MTP adds", "", title=f"n_ctx {cost.n_ctx}, depth {cost.depth}{source}")
+    console.print(f"memory  n_ctx {cost.n_ctx}, depth {cost.depth}{source}", highlight=False)
+    table = Table("MTP adds", "")
     table.columns[1].justify = "right"
     for part, size in cost.parts.items():
         table.add_row(part, "only the host knows" if size is None else _mib(size, sign=True))
@@ -124,11 +131,11 @@ def _grid(console: Console, rows: Mapping[str, str]) -> None:
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for name, text in rows.items():
-        grid.add_row(name, _plain(text))
+        grid.add_row(name, plain(text))
     console.print(grid, highlight=False)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text from outside, safe to print: no markup, nothing that steers a terminal."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return escape("".join(c if c.isprintable() or c == "\n" else "�" for c in text))
@@ -136,7 +143,7 @@ def _plain(text: str) -> str:
 
 def _parts(found: Inspection) -> str:
     parts = f" in {found.n_parts} parts" if found.n_parts > 1 else ""
-    return f"{found.name or found.path}, {_mib(found.file_size)}{parts}"
+    return f"{found.path}, {_mib(found.file_size)}{parts}"
 
 
 def _types(quantisation: Quantisation) -> str:

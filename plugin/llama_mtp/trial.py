@@ -42,6 +42,7 @@ class Trial:
         memory: bytes by context and part, as the host reported.
         added_memory: bytes that the buffers of an object with MTP take more than those of stock.
         on_gpu: layers were offloaded.
+        can_offload: the host has a GPU to offload to.
     """
 
     tokens: int
@@ -58,6 +59,7 @@ class Trial:
     memory: Mapping[str, int]
     added_memory: int
     on_gpu: bool
+    can_offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,23 @@ def judge(trial: Trial) -> Judgement:
     numbers = (
         f"{trial.ratio:.2f} times as fast as plain decoding, {first:.0%} of first drafts agree"
     )
+    gpu = ("--n-gpu-layers -1: only the processor was tried",)
+    attempts = gpu if trial.can_offload and not trial.on_gpu else ()
+    if trial.ratio < 1 / _WORTH and trial.depth:
+        return Judgement(
+            "even",
+            f"MTP makes no clear difference here: {numbers}, though rounds of depth {trial.depth} "
+            "were cheaper than plain tokens.",
+            ("--repeats 5, or llama-mtp bench: so short a trial is noisy", *attempts),
+        )
     if trial.ratio < 1 / _WORTH:
-        return Judgement("off", f"Leave MTP off here, drafts cost more than they save: {numbers}.")
+        advice = f"Leave MTP off here, drafts cost more than they save: {numbers}."
+        return Judgement("off", advice, attempts)
     if trial.depth and trial.ratio >= _WORTH:
-        return Judgement("on", f"Turn MTP on here, at depth {trial.depth}: {numbers}.")
-    return Judgement("even", f"MTP makes no clear difference here: {numbers}; 'auto' is harmless.")
+        advice = f"Turn MTP on here, at depth {trial.depth}: {numbers}."
+        return Judgement("on", advice, attempts)
+    advice = f"MTP makes no clear difference here: {numbers}; 'auto' is harmless."
+    return Judgement("even", advice, attempts)
 
 
 def _attempts(trial: Trial) -> tuple[str, ...]:
@@ -148,6 +162,7 @@ def measure(path: str, *, max_tokens: int = MAX_TOKENS, repeats: int = 1, **opti
     from .bench import PROMPTS as TEXTS
     from .bench import chat_tokens, compare, open_pair
     from .depth import DepthPolicy
+    from .host import C
     from .identity import check_identity
 
     texts = {name: TEXTS[name] for name in PROMPTS}
@@ -189,6 +204,7 @@ def measure(path: str, *, max_tokens: int = MAX_TOKENS, repeats: int = 1, **opti
             memory=mtp.spec_memory,
             added_memory=added_memory,
             on_gpu=bool(options.get("n_gpu_layers")),
+            can_offload=bool(C.llama_supports_gpu_offload()),
         )
 
 

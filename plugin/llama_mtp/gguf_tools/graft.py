@@ -157,6 +157,10 @@ def open_head(path: Path, base: Header) -> tuple[HeadSource, tuple[Path, ...]]:
         from .checkpoint import read_head
 
         return read_head(path, base), tuple(path.iterdir())
+    if path.suffix in (".safetensors", ".json") and path.is_file():
+        raise ModelFileError(
+            f"{path} is a part of a checkpoint. Name its folder instead: {path.absolute().parent}"
+        )
     header = read_header(path)
     return head_of(header, base), header.parts
 

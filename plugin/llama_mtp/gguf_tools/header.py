@@ -203,6 +203,10 @@ def shown(value: object) -> str:
 
 def _read_part(path: Path, part: int, budget: _Budget, check_tokens: bool = False) -> Header:
     try:
+        if path.is_dir():
+            raise ModelFileError(
+                f"{shown(path)} cannot be read: it is a folder. Name the GGUF file in it."
+            )
         # A pipe would wait for a writer, a device may never end.
         if not stat.S_ISREG(path.stat().st_mode):
             raise OSError("it is no regular file")

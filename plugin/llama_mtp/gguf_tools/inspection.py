@@ -185,7 +185,13 @@ def ask(
         probe_seconds=round(answer.seconds, 3),
     )
     if not answer.reason:
-        return replace(asked, forecast=expected.told(answer.sizes))
+        layers = (options or {}).get("n_gpu_layers", 0)
+        more = f" --n-gpu-layers {layers}" if layers else ""
+        return replace(
+            asked,
+            forecast=expected.told(answer.sizes),
+            next_command=inspection.next_command + more,
+        )
     return replace(
         asked,
         reason=f"the installed host does not set it up: {answer.reason.rstrip('.')}.",
@@ -199,11 +205,13 @@ def ask(
 def _from_headers(target: Source, head: Source, n_ctx: int, depth: int) -> Inspection:
     header, report = target.header, head.report
     alone = head is not target
-    tensors = list(head.header.tensors.values()) if alone else head.head
+    tensors = head.head
     names = set() if alone else {tensor.name for tensor in tensors}
     vocabulary = header.metadata.get("tokenizer.ggml.tokens")
     name = header.metadata.get("general.name")
     verdict, next_command = _advice(target, head)
+    if verdict == "run" and depth != DEPTH:  # doctor is to try what was asked about
+        next_command += f" --depth {depth}"
     worth_asking = report.executable or (report.untested and not report.missing)
     return Inspection(
         path=str(header.path),

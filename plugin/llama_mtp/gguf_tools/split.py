@@ -12,7 +12,7 @@ from ..architectures import ARCHITECTURES
 from ..errors import ModelFileError
 from .entries import decode, elements_type, entry, metadata_of
 from .header import Header, read_header
-from .write import Progress, TensorSource, check_destination, stored, write_gguf
+from .write import Progress, TensorSource, check_destination, check_space, stored, write_gguf
 
 PROVENANCE = "llama_mtp.graft."
 """Keys that say how a file was joined begin with this."""
@@ -178,23 +178,29 @@ def split(
     ]
     rest = trunk_tensors(header, blocks)
     sizes = [sum(t.n_bytes for t in tensors) for tensors in (own, rest)]
+    check_space(folder, sum(sizes))  # for both, before the first is written
     checked = [t.name for t in own if in_head(t.name, blocks)]
     metadata = plain_metadata(header)
     prefix = f"{blocks.architecture}."
     metadata |= head_counts(prefix, blocks.n_trunk, blocks.n_heads)
-    first = write_gguf(
-        head, metadata, own, checked=checked, progress=_part_of(progress, 0, sum(sizes))
-    )
-    try:
+
+    def write_trunk(_: Path) -> None:
         write_gguf(
             trunk,
             alone_metadata(header, blocks),
             rest,
-            progress=_part_of(progress, min(first, sizes[0]), sum(sizes)),
+            progress=_part_of(progress, sizes[0], sum(sizes)),
         )
-    except BaseException:
-        head.unlink(missing_ok=True)
-        raise
+
+    # The head gets its name once the trunk has been written: a failure leaves what was there.
+    write_gguf(
+        head,
+        metadata,
+        own,
+        checked=checked,
+        progress=_part_of(progress, 0, sum(sizes)),
+        accept=write_trunk,
+    )
     return trunk, head
 
 

@@ -150,6 +150,16 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def check_space(out: Path, n_bytes: int) -> None:
+    """Raise FileWriteError where ``n_bytes`` do not fit beside (or, for a folder, into) ``out``."""
+    free = free_space(out if out.is_dir() else out.parent)
+    if n_bytes > free:
+        raise FileWriteError(
+            f"{out} needs {_size(n_bytes)}, and {_size(free)} are free there. "
+            "Make room, or write to another disk."
+        )
+
+
 def write_gguf(
     out: Path,
     metadata: Mapping[str, bytes],
@@ -187,12 +197,7 @@ def write_gguf(
     header, infos, data_size = _layout(metadata, tensors, alignment)
     total = len(header) + data_size
     try:
-        free = free_space(out.parent)
-        if total > free:
-            raise FileWriteError(
-                f"{out} needs {_size(total)}, and {_size(free)} are free there. "
-                "Make room, or name a file on another disk."
-            )
+        check_space(out, total)
         part = out.with_name(f".{out.name[:200]}.{secrets.token_hex(4)}.part")
         try:
             with part.open("xb", buffering=0) as file:
