@@ -94,23 +94,16 @@ class Recorder(peers.Peer):
         return Run(n, 0.0, 1.0)
 
 
-def test_sides_take_turns_on_the_same_prompts_and_seeds() -> None:
+def test_sides_take_turns_on_the_same_prompt_and_seeds() -> None:
     calls: list[tuple[str, tuple[int, ...], int, float, int]] = []
     sides = {name: Recorder(name, calls) for name in ("a", "b")}
-    prompts = {"p": [1, 2], "q": [3]}
-    results = peers.measure(sides, prompts, temps=[0.0, 0.8], repeats=3, max_tokens=5, seed=7)
+    runs = peers.measure(sides, [1, 2], temp=0.8, repeats=3, max_tokens=5, seed=7)
     assert calls == [
-        (side, (1, 2), 16, 0.0, 7)  # warm-up
-        for side in "ab"
-    ] + [
-        (side, prompt, 5, temp, 7 + repeat)
-        for prompt in ((1, 2), (3,))
-        for temp in (0.0, 0.8)
+        (side, (1, 2), 5, 0.8, 7 + repeat)
         for repeat in range(3)
-        for side in ("ab", "ba", "ab")[repeat]
+        for side in "abbaab"[2 * repeat :][:2]
     ]
-    assert list(results) == [("p", 0.0), ("p", 0.8), ("q", 0.0), ("q", 0.8)]
-    assert all(len(runs) == 3 for cell in results.values() for runs in cell.values())
+    assert {side: len(those) for side, those in runs.items()} == {"a": 3, "b": 3}
 
 
 def test_servers_are_asked_for_the_host_s_own_sampling() -> None:
@@ -227,8 +220,8 @@ def test_a_side_that_dies_says_so_and_closing_leaves_no_process(model: ModelFact
     assert side.generate([5, 6, 7], 4, 0.0, 1).n_tokens == 4
     process.kill()
     process.wait()
-    with pytest.raises(peers.PeerError):
-        side.generate([5, 6, 7], 4, 0.0, 1)
+    with pytest.raises(peers.PeerError, match=r"^some side died: "):
+        peers.measure({"some side": side}, [5, 6, 7], temp=0.0, repeats=1, max_tokens=4)
     side.close()
 
     other = peers.Stock(HERE)

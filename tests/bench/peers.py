@@ -427,28 +427,35 @@ def turn(names: Sequence[str], repeat: int) -> list[str]:
     return [*names[first:], *names[:first]]
 
 
+def warm_up(peers: Mapping[str, Peer], prompt: Sequence[int]) -> None:
+    """An untimed run of each side: files, buffers and threads are cold."""
+    for peer in peers.values():
+        peer.generate(prompt, 16, 0.0, 1)
+
+
 def measure(
     peers: Mapping[str, Peer],
-    prompts: Mapping[str, Sequence[int]],
+    prompt: Sequence[int],
     *,
-    temps: Sequence[float],
+    temp: float,
     repeats: int,
     max_tokens: int,
     seed: int = 1,
-) -> Results:
-    """Every side on every prompt and temperature, taking turns; repeat r has seed ``seed + r``."""
-    names = list(peers)
-    for peer in peers.values():  # untimed: files, buffers and threads are cold
-        peer.generate(next(iter(prompts.values())), 16, 0.0, seed)
-    results: Results = {}
-    for name, prompt in prompts.items():
-        for temp in temps:
-            runs = results[name, temp] = {side: [] for side in names}
-            for repeat in range(repeats):
-                for side in turn(names, repeat):
-                    run = peers[side].generate(prompt, max_tokens, temp, seed + repeat)
-                    runs[side].append(run)
-    return results
+) -> dict[str, list[Run]]:
+    """Every side on one prompt, taking turns; repeat r has seed ``seed + r``.
+
+    Raises:
+        PeerError: a side has died.
+    """
+    runs: dict[str, list[Run]] = {side: [] for side in peers}
+    for repeat in range(repeats):
+        for side in turn(list(peers), repeat):
+            try:
+                run = peers[side].generate(prompt, max_tokens, temp, seed + repeat)
+            except PeerError as error:
+                raise PeerError(f"{side} died: {error}") from error
+            runs[side].append(run)
+    return runs
 
 
 # --- arithmetic and tables ---------------------------------------------------------------------
@@ -666,20 +673,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print("Fewer than two sides are there: nothing to compare.")
             return 1
         prompts = prompt_tokens(args.model, args.classes)
-        results = measure(
-            peers,
-            prompts,
-            temps=args.temps,
-            repeats=args.repeats,
-            max_tokens=args.max_tokens,
-            seed=args.seed,
-        )
+        results: Results = {}
+        try:
+            warm_up(peers, next(iter(prompts.values())))
+            for name, prompt in prompts.items():
+                for temp in args.temps:
+                    results[name, temp] = measure(
+                        peers,
+                        prompt,
+                        temp=temp,
+                        repeats=args.repeats,
+                        max_tokens=args.max_tokens,
+                        seed=args.seed,
+                    )
+                console.print(class_table(results, name, args.temps, prompt))
+        except PeerError as error:
+            console.print(f"{error}")
+            return 1
     about |= {
         "load_after": os.getloadavg()[0],
         "flags": {name: peer.flags for name, peer in peers.items()},
     }
-    for name, prompt in prompts.items():
-        console.print(class_table(results, name, args.temps, prompt))
     console.print(summary_table(results, list(peers), args.temps))
     console.print(", ".join(f"{key} {value}" for key, value in about.items() if key != "flags"))
     if args.json is not None:
