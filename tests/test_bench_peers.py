@@ -230,6 +230,109 @@ def test_a_side_that_dies_says_so_and_closing_leaves_no_process(model: ModelFact
     assert other._process.poll() is not None
 
 
+# Stands in for a server: takes its options, loads for a while, answers in its format.
+LLAMA_SERVER = """#!PYTHON
+import http.server, json, sys
+if "-lv" in sys.argv:
+    sys.exit("0.0 I common_param: system_info: n_threads = 1 / 2 | CPU : AVX2 = 1 | ")
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if "broken" in options["-m"]:
+    sys.exit("some context\\ncannot load the model\\n")
+class Handler(http.server.BaseHTTPRequestHandler):
+    asked = 0
+    def answer(self, status, body):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+    def do_GET(self):
+        Handler.asked += 1
+        self.answer(200 if Handler.asked > 2 else 503, {})
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.answer(200, {"timings": {
+            "predicted_n": body["n_predict"],
+            "predicted_ms": 500.0,
+            "prompt_ms": 10.0 * len(body["prompt"]),
+            "draft_n": int(options.get("--spec-draft-n-max", -1)),
+            "draft_n_accepted": int(options["-t"]),
+        }})
+http.server.HTTPServer(("127.0.0.1", int(options["--port"])), Handler).serve_forever()
+"""
+
+EXAMPLE_SERVER = """
+import http.server, json, sys, time
+config = json.load(open(sys.argv[2]))
+class Handler(http.server.BaseHTTPRequestHandler):
+    tokens = drafted = 0
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write((
+            "# HELP llamacpp:tokens_predicted_total Tokens.\\n"
+            f"llamacpp:tokens_predicted_total {Handler.tokens}\\n"
+            f"batch_server:draft_tokens_proposed_total {Handler.drafted}\\n"
+            "batch_server:draft_tokens_accepted_total 0\\n"
+        ).encode())
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        Handler.tokens += body["max_tokens"]
+        Handler.drafted += config["model"]["draft_model_num_pred_tokens"]
+        self.send_response(200)
+        self.end_headers()
+        if body.get("stream"):
+            for pause in (0.2, 0.3, 0.0):
+                time.sleep(pause)
+                self.wfile.write(b'data: {}\\n\\n')
+                self.wfile.flush()
+            self.wfile.write(b"data: [DONE]\\n\\n")
+http.server.HTTPServer(("127.0.0.1", config["server"]["port"]), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Places:
+    """Places of two stand-ins, which speak the two servers' protocols."""
+    program = tmp_path / "llama-server"
+    program.write_text(LLAMA_SERVER.replace("PYTHON", sys.executable))
+    program.chmod(0o755)
+    example = tmp_path / "server.py"
+    example.write_text(EXAMPLE_SERVER)
+    return Places(sys.executable, sys.executable, str(program), str(example))
+
+
+def test_llama_server_is_started_asked_and_stopped(servers: Places) -> None:
+    side = peers.LlamaServer(servers)
+    side.open(Path("model.gguf"), 2, 4, 512)
+    assert side.flags.strip(" |") == "CPU : AVX2 = 1"
+    assert side.generate([7, 8, 9], 21, 0.0, 1) == Run(21, 0.03, 0.5, 4, 2)
+    side.close()
+    with pytest.raises(peers.PeerError):
+        side.generate([7, 8, 9], 21, 0.0, 1)
+
+    side = peers.LlamaServer(servers)
+    side.open(Path("model.gguf"), 2, None, 512)
+    assert side.generate([7], 21, 0.0, 1).drafted == -1, "a depth was given"
+    side.close()
+
+
+def test_a_server_that_does_not_start_is_quoted(servers: Places) -> None:
+    side = peers.LlamaServer(servers)
+    with pytest.raises(peers.PeerError, match=r"^cannot load the model$"):
+        side.open(Path("broken.gguf"), 1, None, 512)
+    side.close()
+
+
+def test_the_example_server_is_timed_by_its_chunks(servers: Places) -> None:
+    side = peers.ExampleServer(servers)
+    side.open(Path("model.gguf"), 1, 3, 512)
+    run = side.generate([7, 8, 9], 21, 0.0, 1)
+    side.close()
+    # The request that pushes the last prompt out is not counted.
+    assert (run.n_tokens, run.drafted, run.accepted) == (21, 3, 0)
+    assert run.prompt_seconds >= 0.2
+    assert run.decode_seconds >= 0.3
+
+
 def test_a_missing_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert peers.main(["/no/such.gguf"]) == 2
     assert "/no/such.gguf is no file" in capsys.readouterr().out
