@@ -177,7 +177,7 @@ def open_pair(path: str | Path, **options: Any) -> Iterator[tuple[Llama, Llama, 
             with BufferSizes() as sizes:
                 plain = stack.enter_context(Llama(str(path), spec_type="none", **plain_options))
             mtp = stack.enter_context(Llama(str(path), spec_type="draft-mtp", **options))
-        yield plain, mtp, sum(mtp.spec_memory.values()) - sum(sizes.bytes.values())
+        yield plain, mtp, sum(mtp.spec_memory().values()) - sum(sizes.bytes.values())
 
 
 @contextmanager
@@ -216,7 +216,7 @@ def show_summary(console: Console, pairs: Sequence[Pair], mtp: Llama, added_memo
     """Ratio over all prompts, acceptance, added memory, and the cost of a round outside decode."""
     stats = mtp.spec_stats
     same = sum(pair.same_tokens for pair in pairs)
-    draft_memory = sum(size for part, size in mtp.spec_memory.items() if part.startswith("draft "))
+    draft_memory = sum(size for part, size in mtp.spec_memory().items() if part.startswith("draft "))
     per_position = " ".join(f"{rate:.2f}" for rate in stats.acceptance_per_pos)
     rows = {
         "same tokens": f"{same} of {len(pairs)} prompts",

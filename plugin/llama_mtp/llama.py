@@ -108,7 +108,7 @@ class Llama(host.StockLlama):
         self._in_callback = False
         self._fields_set = 0
         self._generation: object | None = None  # whose text the context holds
-        self._spec_memory: dict[str, int] = {}
+        self._spec_memory: dict[tuple[str, str], int] = {}  # (context and part, device)
         for name in stock:  # the stock class swallows what it does not know
             if name.startswith("spec_") and name not in _STOCK_INIT.parameters:
                 raise TypeError(f"Llama got an unexpected keyword argument {name!r}.")
@@ -169,8 +169,9 @@ class Llama(host.StockLlama):
                     verbose=self.verbose,
                 )
         self._spec_memory = {
-            **{f"target {part}": size for part, size in target_sizes.bytes.items()},
-            **{f"draft {part}": size for part, size in draft_sizes.bytes.items()},
+            (f"{context} {part}", device): size
+            for context, sizes in (("target", target_sizes), ("draft", draft_sizes))
+            for (part, device), size in sizes.by_device.items()
         }
         self._session = Session(
             self._plan, self._ctx, draft, self.n_batch, self.context_params.n_ubatch
@@ -251,11 +252,26 @@ class Llama(host.StockLlama):
             raise SpecTypeError('No spec type is on; construct with spec_type="draft-mtp".')
         self._session.policy.depth_max = depth
 
-    @property
-    def spec_memory(self) -> dict[str, int]:
-        """Bytes by context and part, as the host reported while loading, and of checkpoints."""
-        kept = self._session.checkpoints.n_bytes if self._session is not None else 0
-        return {**self._spec_memory, **({"checkpoints": kept} if kept else {})}
+    def spec_memory(self, *, by_device: bool = False) -> dict[str, int]:
+        """Bytes that the object holds beside its weights, by context and part.
+
+        What starts with ``draft``, the ``checkpoints``, and of ``target RS`` all but one state are
+        there because of MTP; what starts with ``target`` a stock object has too, with a larger
+        ``compute`` part, as it reserves logits for every row of a batch. Empty where no spec type
+        is on.
+
+        Args:
+            by_device: tell apart where a part lies: keys then end in the host's name of the device,
+                ``draft KV on CUDA0``.
+        """
+        told: dict[str, int] = {}
+        for (part, device), size in self._spec_memory.items():
+            key = f"{part} on {device}" if by_device else part
+            told[key] = told.get(key, 0) + size
+        if self._session is not None and self._session.checkpoints.n_bytes:
+            key = "checkpoints on CPU" if by_device else "checkpoints"
+            told[key] = self._session.checkpoints.n_bytes
+        return told
 
     # ---- generation
 

@@ -186,7 +186,7 @@ def measure(path: str, *, max_tokens: int = MAX_TOKENS, repeats: int = 1, **opti
             ratio=round(median(pair.ratio for pair in pairs), 3),
             depth=adaptive.best,
             reckoning=adaptive.explain(),
-            memory=mtp.spec_memory,
+            memory=mtp.spec_memory(),
             added_memory=added_memory,
             on_gpu=bool(options.get("n_gpu_layers")),
         )
