@@ -133,8 +133,8 @@ def test_with_a_large_vocabulary_mtp_takes_less_than_stock_without_it(
     total = sum(ours.values())
     with capsys.disabled():
         print(
-            f"\n{arch}, {large.N_VOCAB} tokens, n_ctx 4096: stock {stock / 2**20:.1f} MiB, with MTP "
-            f"{total / 2**20:.1f}, trimmed stock {trimmed / 2**20:.1f} "
+            f"\n{arch}, {large.N_VOCAB} tokens, n_ctx 4096: stock {stock / 2**20:.1f} MiB, "
+            f"with MTP {total / 2**20:.1f}, trimmed stock {trimmed / 2**20:.1f} "
             f"({total / trimmed - 1:+.1%}: the draft context)"
         )
     assert total < stock
