@@ -21,6 +21,7 @@ import numpy.typing as npt
 import typer
 
 from llama_mtp import Llama
+from llama_mtp.bench import quiet_host
 from llama_mtp.gguf_tools.header import Header, read_header
 
 Bytes = npt.NDArray[np.uint8]
@@ -42,14 +43,16 @@ def bytes_read(header: Header) -> int:
 
 def decode_seconds(path: Path, n_threads: int, tokens: int) -> float:
     """Median seconds of a plain decode of one row, the first few left out."""
-    with Llama(
-        str(path),
-        spec_type="none",
-        n_ctx=256,
-        n_threads=n_threads,
-        n_threads_batch=n_threads,
-        verbose=False,
-    ) as llm:
+    with quiet_host():
+        llm = Llama(
+            str(path),
+            spec_type="none",
+            n_ctx=256,
+            n_threads=n_threads,
+            n_threads_batch=n_threads,
+            verbose=False,
+        )
+    with llm:
         llm.eval([llm.token_bos()])
         times = []
         for _ in range(tokens + 3):

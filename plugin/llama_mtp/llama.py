@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from . import host
@@ -65,8 +66,9 @@ class Llama(host.StockLlama):
         spec_draft_model: a GGUF that holds the head by itself (llama.cpp's ``mtp-X.gguf``, a Gemma
             4 assistant); default: the head is in the model's own file.
         spec_draft_type_k, spec_draft_type_v: ggml types of the draft context's own KV cache.
-        spec_draft_adaptive: let measured costs and acceptance choose the depth up to the bound;
-            ``False`` keeps it constant.
+        spec_depth: ``"adaptive"`` (the default) lets measured costs and acceptance choose the depth
+            up to the bound, ``"fixed"`` keeps it there.
+        spec_draft_adaptive: the same as a bool.
         spec_checkpoints: most copies of the recurrent state of a hybrid model to keep near the ends
             of prompts (default 4, at most 512 MiB together; 0: none), so that a chat whose last
             turn changed is not read again from its start.
@@ -97,7 +99,8 @@ class Llama(host.StockLlama):
         spec_draft_model: str | None = None,
         spec_draft_type_k: int | None = None,
         spec_draft_type_v: int | None = None,
-        spec_draft_adaptive: bool = True,
+        spec_depth: str | None = None,
+        spec_draft_adaptive: bool | None = None,
         spec_checkpoints: int | None = None,
         spec_allow_untested: bool | None = None,
         **stock: Any,
@@ -123,6 +126,7 @@ class Llama(host.StockLlama):
             spec_checkpoints,
             spec_draft_model,
             spec_allow_untested,
+            spec_depth,
         )
         self._wants_all_rows = bool(stock.get("logits_all"))
         self._plan = make_plan(model_path, self._options, stock)
@@ -251,6 +255,18 @@ class Llama(host.StockLlama):
         if self._session is None:
             raise SpecTypeError('No spec type is on; construct with spec_type="draft-mtp".')
         self._session.policy.depth_max = depth
+
+    @contextmanager
+    def spec_constant_depth(self, depth: int) -> Iterator[None]:
+        """Inside the block draft ``depth`` tokens in every round, 0 included.
+
+        What was measured for the adaptive depth stays as it is and goes on afterwards. Raises
+        SpecTypeError where no spec type is on, ValueError beyond the constructed bound.
+        """
+        if self._session is None:
+            raise SpecTypeError('No spec type is on; construct with spec_type="draft-mtp".')
+        with self._session.constant_depth(depth):
+            yield
 
     def spec_memory(self, *, by_device: bool = False) -> dict[str, int]:
         """Bytes that the object holds beside its weights, by context and part.
