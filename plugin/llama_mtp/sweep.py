@@ -272,11 +272,13 @@ class Course:
         text = "\n".join(PROMPTS.values()) * 8
         most = min(PROMPT_TOKENS, self.plain.n_ctx() - 8)
         prompt = self.plain.tokenize(text.encode())[:most]
+        session = self.mtp._session
+        depth = min(1, session.depth_bound) if session is not None else 0
         times: dict[bool, list[float]] = {False: [], True: []}
         for turn in range(self.repeats + 1):
             for with_mtp in (False, True) if turn % 2 else (True, False):
                 llm = self.mtp if with_mtp else self.plain
-                with llm.spec_constant_depth(1) if with_mtp else nullcontext():
+                with llm.spec_constant_depth(depth) if with_mtp else nullcontext():
                     start = time.perf_counter()
                     generate(llm, prompt, 2, go_on=True)
                     if turn:
