@@ -307,3 +307,11 @@ def test_spec_depth_names_what_spec_draft_adaptive_switches(model: ModelFactory)
         plain.spec_constant_depth(1),
     ):
         pass
+
+
+def test_a_position_that_was_never_tested_has_no_acceptance(
+    model: ModelFactory, tmp_path: Path
+) -> None:
+    options = ("--temp", 0, "--synthetic", "0", "--depths", "3")
+    text = bench(model("qwen35").path, "--repeats", 1, *CLASSES, *options)
+    assert len(re.findall(r"^ +3 .* \.00 - - +1\.00 ", text, re.MULTILINE)) == 3

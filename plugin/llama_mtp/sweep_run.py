@@ -242,7 +242,10 @@ def _drafts(stats: SpecStats) -> tuple[str, str, str]:
     """Accepted of drafted, acceptance per position, tokens a round; blank where nothing ran."""
     if not stats.num_rounds:
         return "", "", ""
-    per_position = " ".join(f"{rate:.2f}".lstrip("0") for rate in stats.acceptance_per_pos)
+    per_position = " ".join(
+        f"{rate:.2f}".lstrip("0") if tested else "-"
+        for rate, tested in zip(stats.acceptance_per_pos, stats.num_tested_per_pos, strict=True)
+    )
     return (
         f"{stats.num_accepted_tokens}/{stats.num_draft_tokens}",
         per_position,
@@ -324,11 +327,13 @@ def draw(sweep: Sweep, file: Path) -> None:
         speed.legend(ncols=len(variants), fontsize=9, loc="upper center", frameon=False)
         markers = "os^vD<>Xp"
         for i, name in enumerate(sweep.names):
-            rates = sweep.get(name, temp, deepest).stats.acceptance_per_pos
+            stats = sweep.get(name, temp, deepest).stats
+            tested = sum(n > 0 for n in stats.num_tested_per_pos)  # of later ones nothing is known
+            rates = stats.acceptance_per_pos[:tested]
             positions = range(1, len(rates) + 1)
             marker = markers[i % len(markers)]
             acceptance.plot(positions, rates, marker=marker, linewidth=1.2, label=name)
-            acceptance.set_xticks(positions)
+            acceptance.set_xticks(range(1, 1 + len(stats.num_tested_per_pos)))
         acceptance.set_ylim(0, 1.02)
         acceptance.set_xlabel("draft position")
         acceptance.set_ylabel("accepted, given those before")
