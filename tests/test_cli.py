@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 import llama_mtp
 from llama_mtp import cli
 from llama_mtp.architectures import ARCHITECTURES, NOT_EXECUTABLE
-from llama_mtp.bench import PROMPTS, Pair, Run
 from llama_mtp.demo import run as demo_run
 from llama_mtp.errors import LlamaMtpError
 
@@ -192,42 +191,6 @@ def test_an_error_about_any_name_is_one_sentence(tmp_path: Path) -> None:
     assert "error: [model] [/x]" in done.stderr
     assert "Traceback" not in done.stderr
     assert "\x1b" not in done.stderr
-
-
-def test_bench_has_the_nine_classes() -> None:
-    assert list(PROMPTS) == [
-        "code_python",
-        "code_cpp",
-        "explain_concept",
-        "summarize",
-        "qa_factual",
-        "translation",
-        "creative_short",
-        "stepwise_math",
-        "long_code_review",
-    ]
-
-
-def test_a_pair_is_judged_by_its_medians_and_all_its_tokens() -> None:
-    def run(seconds: float, *tokens: int) -> Run:
-        return Run(tokens, 0.1, seconds)
-
-    plain = tuple(run(2.0, 1, 2, 3) for _ in range(3))
-    pair = Pair("x", plain, (run(1.0, 1, 2, 3), run(9.0, 1, 2, 3), run(1.0, 1, 2, 3)), 6, 3)
-    assert (pair.plain_rate, pair.mtp_rate, pair.ratio) == (1.0, 2.0, 2.0)
-    assert pair.same_tokens
-    assert not Pair("x", plain, (run(1.0, 1, 2, 4),) * 3, 6, 3).same_tokens
-
-
-def test_bench_measures_any_file(model: ModelFactory, tmp_path: Path) -> None:
-    options = ("--max-tokens", "24", "--repeats", "1", "--no-adaptive", "--threads", "1")
-    done = command("bench", str(model("hy_v3").path), *options, cwd=tmp_path, COLUMNS="160")
-    assert done.returncode == 0, done.stdout + done.stderr
-    for name in PROMPTS:
-        assert re.search(rf"{name}.* yes ", done.stdout)
-    assert "9 of 9 prompts" in done.stdout
-    assert re.search(r"added memory +[+-][0-9.]+ MiB", done.stdout)
-    assert re.search(r"outside decode +[0-9.]+ µs native, [0-9.]+ µs Python", done.stdout)
 
 
 # --- demo -----------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_a_model_in_which_nothing_slides_is_refused(
 def test_it_has_no_memory_of_its_own(files: Files, ours: Factory) -> None:
     fast = ours(files)
     assert fast.spec_type == "draft-mtp"
-    assert not any(part.startswith("draft KV") for part in fast.spec_memory)
+    assert not any(part.startswith("draft KV") for part in fast.spec_memory())
     text(fast, words(30), 20, **GREEDY)
     assert host.memory_end(fast._session.draft_context) == host.memory_end(fast._ctx) > 30
 

@@ -37,7 +37,7 @@ ROUNDING = 2**16  # the host prints hundredths of a MiB, and there are several b
 class AllSizes(host.BufferSizes):
     """As the host's own report, and of the weights too."""
 
-    _LINE = re.compile(r"(KV|RS|state|compute|output|model) +buffer size = +([0-9.]+) MiB")
+    _LINE = re.compile(r"(\S+) +(KV|RS|state|compute|output|model) +buffer size = +([0-9.]+) MiB")
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +64,7 @@ def loaded(files: Files, n_ctx: int, monkeypatch: pytest.MonkeyPatch) -> dict[st
     own = {} if files.draft is None else {"spec_draft_model": str(files.draft)}
     with Llama(str(files.path), spec_type="draft-mtp", n_ctx=n_ctx, **own, **LOAD) as llm:
         assert llm.spec_type == "draft-mtp"
-        with_mtp = llm.spec_memory
+        with_mtp = llm.spec_memory()
     monkeypatch.undo()
 
     def held(context: str, *parts: str) -> int:
@@ -140,7 +140,7 @@ def test_state_copies_are_what_an_object_then_keeps(model: ModelFactory, arch: s
         text = m.text(400)
         for n in range(60, 400, 60):  # a conversation of more turns than copies are kept
             next(llm.generate(text[:n], temp=0.0))
-        kept = llm.spec_memory.get("checkpoints", 0)
+        kept = llm.spec_memory().get("checkpoints", 0)
     assert found.copies == pytest.approx(kept, rel=0.05, abs=2**12)
     assert (kept > 0) == (arch == "qwen35")
 

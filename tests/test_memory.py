@@ -5,14 +5,17 @@ The sizes are the host's own words, read off its log while it makes the contexts
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
+import large
 import llama_cpp
 import models
 import pytest
 from conftest import ModelFactory
 
-from llama_mtp import Llama
+from llama_mtp import Llama, host
 from llama_mtp.host import BufferSizes
 
 OPTIONS: dict[str, Any] = {"n_ctx": 1024, "n_batch": 256, "verbose": False, "seed": 1}
@@ -30,7 +33,7 @@ def test_the_target_grows_by_its_snapshots_only(model: ModelFactory, arch: str) 
     m = model(arch)
     plain = stock_sizes(str(m.path))
     with Llama(str(m.path), spec_type="draft-mtp", spec_draft_n_max=3, **OPTIONS) as fast:
-        ours = fast.spec_memory
+        ours = fast.spec_memory()
     assert ours["target KV"] == pytest.approx(plain["KV"], abs=2 * ROUNDING)
     # Four outputs instead of n_ubatch: the compute buffer may only shrink.
     assert ours["target compute"] <= plain["compute"] + 2 * ROUNDING
@@ -44,7 +47,7 @@ def test_the_target_grows_by_its_snapshots_only(model: ModelFactory, arch: str) 
 def test_the_draft_context_holds_one_layer(model: ModelFactory, arch: str) -> None:
     m = model(arch)
     with Llama(str(m.path), spec_type="draft-mtp", **OPTIONS) as fast:
-        ours = fast.spec_memory
+        ours = fast.spec_memory()
     one_layer = 1024 * models.N_HEAD * models.HEAD_DIM * 2 * 2  # K and V in half precision
     assert ours["draft KV"] == pytest.approx(one_layer, abs=2 * ROUNDING)
     assert set(ours) <= {
@@ -62,7 +65,83 @@ def test_the_draft_cache_has_types_of_its_own(model: ModelFactory) -> None:
         spec_draft_type_v=llama_cpp.GGML_TYPE_F32,
         **OPTIONS,
     ) as fast:
-        ours = fast.spec_memory
+        ours = fast.spec_memory()
     assert ours["draft KV"] == pytest.approx(
         1024 * models.N_HEAD * models.HEAD_DIM * 2 * 4, abs=2 * ROUNDING
     )
+
+
+def test_parts_by_device_add_up_to_the_parts(model: ModelFactory) -> None:
+    with Llama(str(model("qwen35").path), spec_type="draft-mtp", **OPTIONS) as fast:
+        next(fast.generate(model("qwen35").text(100), temp=0.0))
+        parts, devices = fast.spec_memory(), fast.spec_memory(by_device=True)
+    assert {"draft KV on CPU", "target RS on CPU", "checkpoints on CPU"} <= set(devices)
+    sums: dict[str, int] = {}
+    for key, size in devices.items():
+        part = key.partition(" on ")[0]
+        sums[part] = sums.get(part, 0) + size
+    assert sums == parts
+
+
+def test_a_plain_object_has_none(model: ModelFactory) -> None:
+    with Llama(str(model("qwen35").path), spec_type="none", **OPTIONS) as plain:
+        assert plain.spec_memory() == {}
+
+
+class AllSizes(BufferSizes):
+    """Weights too."""
+
+    _LINE = re.compile(r"(\S+) +(KV|RS|state|compute|output|model) +buffer size = +([0-9.]+) MiB")
+
+
+class Trimmed(llama_cpp.Llama):
+    """The stock class with as few output rows as a round of depth 3 needs."""
+
+    @property
+    def context_params(self) -> Any:
+        return self.__dict__["context_params"]
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        params.n_outputs_max = 4
+        self.__dict__["context_params"] = params
+
+
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+def test_with_a_large_vocabulary_mtp_takes_less_than_stock_without_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arch: str,
+) -> None:
+    """248k tokens, n_ctx 4096, weights included. Against a trimmed host the draft context is added.
+
+    Prints the totals.
+    """
+    small = models.build(tmp_path / "small.gguf", arch, head="hidden")
+    path = str(large.write(tmp_path / "large.gguf", small))
+    options: dict[str, Any] = {"n_ctx": 4096, "n_threads": 1, "n_threads_batch": 1}
+    sizes = {}
+    for cls in (llama_cpp.Llama, Trimmed):
+        with AllSizes() as seen:
+            cls(path, verbose=False, **options).close()
+        sizes[cls] = seen.bytes
+    monkeypatch.setattr(host, "BufferSizes", AllSizes)
+    with Llama(path, spec_type="draft-mtp", verbose=False, **options) as fast:
+        ours = fast.spec_memory()
+    stock, trimmed = (sum(sizes[cls].values()) for cls in (llama_cpp.Llama, Trimmed))
+    total = sum(ours.values())
+    with capsys.disabled():
+        print(
+            f"\n{arch}, {large.N_VOCAB} tokens, n_ctx 4096: stock {stock / 2**20:.1f} MiB, "
+            f"with MTP {total / 2**20:.1f}, trimmed stock {trimmed / 2**20:.1f} "
+            f"({total / trimmed - 1:+.1%}: the draft context)"
+        )
+    assert total < stock
+    # Nothing but the draft context, the head's weights and the snapshots comes on top.
+    for part in ("KV", "compute", "output"):
+        assert ours[f"target {part}"] == pytest.approx(sizes[Trimmed][part], abs=2 * ROUNDING)
+    draft = sum(size for part, size in ours.items() if part.startswith("draft "))
+    head = ours["target model"] - sizes[Trimmed]["model"]
+    snapshots = ours.get("target RS", 0) - sizes[Trimmed].get("RS", 0)
+    assert total - trimmed == pytest.approx(draft + head + snapshots, abs=8 * ROUNDING)

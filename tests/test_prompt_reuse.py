@@ -386,7 +386,7 @@ def test_at_most_so_many(model: ModelFactory, ours: LlamaFactory) -> None:
     assert len(positions(fast)) == 2
     assert positions(fast)[-1] == len(prompt) - TAIL
     size = fast._session.checkpoints._kept[0].state.nbytes
-    assert fast._session.checkpoints.n_bytes == 2 * size == fast.spec_memory["checkpoints"]
+    assert fast._session.checkpoints.n_bytes == 2 * size == fast.spec_memory()["checkpoints"]
 
 
 def test_at_most_so_many_bytes(model: ModelFactory, ours: LlamaFactory) -> None:
@@ -419,7 +419,7 @@ def test_attention_needs_none(model: ModelFactory, ours: LlamaFactory, arch: str
     fast = ours(m)
     conversation(fast, m, 3)
     assert positions(fast) == []
-    assert "checkpoints" not in fast.spec_memory
+    assert "checkpoints" not in fast.spec_memory()
 
 
 def test_option_and_environment(model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,11 @@ int mtp_sample(mtp_session * session, void * sampler, struct mtp_step * step);
 /* The caller sampled n_rows verify rows itself (1 to 1 + drafts): keep these and settle. */
 int mtp_commit(mtp_session * session, int32_t n_rows);
 
+/* For measurements only, and never on by itself: from now on a seeded coin decides in place of the comparison whether the
+ * draft at position i is accepted, with chance chances[i] (the last one serves all deeper positions). What a round costs
+ * can so be read at any acceptance; the text is nonsense. n = 0 ends it. */
+int mtp_accept_by_coin(mtp_session * session, const float * chances, int32_t n, uint64_t seed);
+
 /* --- rollback ---------------------------------------------------------------------------------------------------- */
 
 /* Cuts target and draft to the rows that were sampled. A no-op between rounds. With checkpoint rollback the target's

@@ -365,6 +365,13 @@ int mtp_sample(mtp_session * session, void * sampler, mtp_step * step) {
     });
 }
 
+int mtp_accept_by_coin(mtp_session * session, const float * chances, int32_t n, uint64_t seed) {
+    return enter(session, [&](mtp_session & s) {
+        require(n >= 0 && (n == 0 || chances != nullptr), "chances is NULL");
+        s.target.accept_by_coin(std::vector<float>(chances, chances + n), seed);
+    });
+}
+
 int mtp_commit(mtp_session * session, int32_t n_rows) {
     return enter(session, [&](mtp_session & s) { s.commit(n_rows); });
 }

@@ -1,6 +1,7 @@
 #include "verify.hpp"
 
 #include <algorithm>
+#include <utility>
 
 namespace mtp {
 
@@ -213,12 +214,38 @@ int32_t verifier::sample(void * sampler) {
         stopwatch watch(sample_ns);
         token = api_.sampler_sample(sampler, params_.target, first_row_ + sampled_);
     }
+    if (!chances_.empty()) {
+        token = toss(token);
+    }
     live_row_ = first_row_ + sampled_++;  // only now: a chain that throws leaves the row to be asked for again
     if (sampled_ < rows()) {
         rejected_ = token != row_tokens_[sampled_];
         accepted_ += rejected_ ? 0 : 1;
     }
     return token;
+}
+
+void verifier::accept_by_coin(std::vector<float> chances, uint64_t seed) {
+    chances_ = std::move(chances);
+    coin_    = seed;
+}
+
+// The draft where the coin accepts it, and otherwise any other token.
+int32_t verifier::toss(int32_t token) {
+    if (sampled_ + 1 >= rows()) {
+        return token;
+    }
+    const int32_t draft = row_tokens_[sampled_ + 1];
+    coin_ += 0x9e3779b97f4a7c15u;  // splitmix64
+    uint64_t x   = coin_;
+    x            = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x            = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    x            = x ^ (x >> 31);
+    const float side = static_cast<float>(x >> 40) / static_cast<float>(1 << 24);  // in [0, 1)
+    if (side < chances_[std::min<size_t>(sampled_, chances_.size() - 1)]) {
+        return draft;
+    }
+    return token != draft ? token : (token + 1) % params_.n_vocab;
 }
 
 void verifier::commit(int32_t n) {

@@ -64,6 +64,9 @@ class verifier {
     // Samples the next row with the caller's chain: exactly one step of the chain.
     int32_t sample(void * sampler);
 
+    // For measurements: a coin decides which drafts are accepted. No chances: the model decides, as always.
+    void accept_by_coin(std::vector<float> chances, uint64_t seed);
+
     // The caller sampled n rows itself; settle comes next.
     void commit(int32_t n);
 
@@ -96,6 +99,7 @@ class verifier {
     bool    make_ready(bool with_drafts);
     void    load_copy();
     int32_t decode();
+    int32_t toss(int32_t token);
 
     const host_api &         api_;
     const mtp_session_params params_;
@@ -112,6 +116,8 @@ class verifier {
     const int32_t            replay_max_;
     state_copy               copy_;
     std::vector<int32_t>     replay_;         // tokens at [copy.end, base); empty without a copy
+    std::vector<float>       chances_;        // of the coin; empty unless someone measures
+    uint64_t                 coin_   = 0;
     bool                     behind_ = false; // the memory is not the text from copy.end on
 };
 

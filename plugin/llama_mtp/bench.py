@@ -52,7 +52,7 @@ PROMPTS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One greedy generation. Times in seconds; the first token is timed with the prompt."""
+    """One generation. Times in seconds; the first token is timed with the prompt."""
 
     tokens: tuple[int, ...]
     prompt_seconds: float
@@ -114,18 +114,32 @@ def chat_tokens(llm: Llama, prompt: str) -> list[int]:
     return tokens
 
 
-def generate(llm: Llama, prompt: Sequence[int], max_tokens: int) -> Run:
-    """Greedy generation from an empty context, to the end of the text or `max_tokens`."""
+def generate(
+    llm: Llama,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    temp: float = 0.0,
+    seed: int = 1,
+    go_on: bool = False,
+) -> Run:
+    """Generation from an empty context, to the end of the text or `max_tokens`.
+
+    Greedy unless `temp` says otherwise; `go_on` goes past the end of the text.
+    """
     from .host import C
 
     llm.reset()
+    llm.set_seed(seed)
     tokens: list[int] = []
     start = first = time.perf_counter()
-    for token in llm.generate(list(prompt), temp=0.0):
+    for token in llm.generate(list(prompt), temp=temp):
         if not tokens:
             first = time.perf_counter()
         tokens.append(token)
-        if len(tokens) >= max_tokens or C.llama_vocab_is_eog(llm._model.vocab, token):
+        if len(tokens) >= max_tokens:
+            break
+        if not go_on and C.llama_vocab_is_eog(llm._model.vocab, token):
             break
     end = time.perf_counter()
     return Run(tuple(tokens), first - start, end - first)
@@ -177,7 +191,7 @@ def open_pair(path: str | Path, **options: Any) -> Iterator[tuple[Llama, Llama, 
             with BufferSizes() as sizes:
                 plain = stack.enter_context(Llama(str(path), spec_type="none", **plain_options))
             mtp = stack.enter_context(Llama(str(path), spec_type="draft-mtp", **options))
-        yield plain, mtp, sum(mtp.spec_memory.values()) - sum(sizes.bytes.values())
+        yield plain, mtp, sum(mtp.spec_memory().values()) - sum(sizes.bytes.values())
 
 
 @contextmanager
@@ -216,7 +230,9 @@ def show_summary(console: Console, pairs: Sequence[Pair], mtp: Llama, added_memo
     """Ratio over all prompts, acceptance, added memory, and the cost of a round outside decode."""
     stats = mtp.spec_stats
     same = sum(pair.same_tokens for pair in pairs)
-    draft_memory = sum(size for part, size in mtp.spec_memory.items() if part.startswith("draft "))
+    draft_memory = sum(
+        size for part, size in mtp.spec_memory().items() if part.startswith("draft ")
+    )
     per_position = " ".join(f"{rate:.2f}" for rate in stats.acceptance_per_pos)
     rows = {
         "same tokens": f"{same} of {len(pairs)} prompts",
@@ -251,40 +267,25 @@ def show_partings(
 
     It runs at the full depth, where batches are largest, whatever depth the policy has reached.
     """
-    from .depth import DepthPolicy
     from .identity import check_identity
 
-    session = mtp._session
-    if session is None or all(pair.same_tokens for pair in pairs):
+    if mtp.spec_type == "none" or all(pair.same_tokens for pair in pairs):
         return
-    policy, session.policy = session.policy, DepthPolicy(mtp.spec_depth, adaptive=False)
-
+    depth = mtp.spec_depth
     for pair in pairs:
         if pair.same_tokens:
             continue
         prompt = chat_tokens(plain, prompts[pair.name])
-        report = check_identity(
-            plain, mtp, prompt, max_tokens, max_batch=1 + mtp.spec_depth, quiet=True, temp=0.0
-        )
+        with mtp.spec_constant_depth(depth):
+            report = check_identity(
+                plain, mtp, prompt, max_tokens, max_batch=1 + depth, quiet=True, temp=0.0
+            )
         for parting in report.divergences:
             console.print(f"{pair.name}: {parting}", highlight=False)
         if not report.divergences:
             console.print(f"{pair.name}: did not part again", highlight=False)
-    session.policy = policy
     console.print(
         "A parting is legal where the host itself gives a row other last bits in a batch than "
         "alone, by as much, and its own sampler then picks the same token.",
         highlight=False,
     )
-
-
-def run_bench(
-    console: Console, path: Path, *, max_tokens: int, repeats: int, **options: Any
-) -> None:
-    """Print the nine prompt classes and the summary for the GGUF at `path`."""
-    with open_pair(path, verbose=False, **options) as (plain, mtp, added_memory):
-        pairs = show_pairs(
-            console, compare(plain, mtp, PROMPTS, max_tokens=max_tokens, repeats=repeats)
-        )
-        show_summary(console, pairs, mtp, added_memory)
-        show_partings(console, plain, mtp, PROMPTS, pairs, max_tokens)

@@ -178,31 +178,73 @@ def demo(
 @app.command()
 def bench(
     model: Annotated[Path, typer.Argument(help="A GGUF with a NextN head.", exists=True)],
+    draft_model: Annotated[
+        Path | None,
+        typer.Option("--draft-model", help="A GGUF that holds the head by itself.", exists=True),
+    ] = None,
     threads: Threads = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens per prompt.")] = 192,
-    repeats: Annotated[int, typer.Option(min=1, help="Paired runs per prompt.")] = 3,
-    n_ctx: Annotated[int, typer.Option(help="Context length.")] = 2048,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens per run.")] = 192,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns per prompt; each runs all.")] = 3,
+    classes: Annotated[
+        list[str] | None, typer.Option(help="A class of prompts; repeatable. Default: all nine.")
+    ] = None,
+    temp: Annotated[
+        list[float] | None, typer.Option(min=0.0, help="Repeatable. Default: 0 and 0.8.")
+    ] = None,
+    depths: Annotated[
+        str, typer.Option(help="Constant depths, and 'adaptive', beside plain decoding.")
+    ] = "1,2,3,4,adaptive",
+    n_ctx: Annotated[int, typer.Option(min=256, help="Context length.")] = 2048,
     n_gpu_layers: Annotated[int, typer.Option(help="Layers on the GPU; -1 for all.")] = 0,
-    spec_draft_n_max: Annotated[int, typer.Option(min=0, help="Most tokens to draft.")] = 3,
-    adaptive: Annotated[
-        bool, typer.Option(help="Let the depth follow the measured gain, or keep it constant.")
-    ] = True,
+    spec_draft_n_max: Annotated[
+        int, typer.Option(min=0, max=64, help="Bound on the adaptive depth.")
+    ] = 3,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures here.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw speed-up and acceptance here (PNG, SVG, PDF).")
+    ] = None,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P0,P1,..",
+            help="Let a seeded coin accept the draft at position i with chance Pi: cost at any "
+            "acceptance. The text is nonsense.",
+        ),
+    ] = None,
 ) -> None:
-    """Plain decoding against MTP on any GGUF: nine classes of prompts, paired runs, medians."""
-    from .bench import run_bench
+    """Plain decoding against every depth on any GGUF: nine classes of prompts, turn by turn.
 
+    The default run writes up to 62,000 tokens; --repeats, --max-tokens, --classes, --temp and
+    --depths make it shorter.
+    """
+    from .bench import PROMPTS
+    from .sweep import parse_chances, parse_depths
+    from .sweep_run import run_bench
+
+    names = list(dict.fromkeys(classes or PROMPTS))
+    for name in names:
+        if name not in PROMPTS:
+            raise typer.BadParameter(f"--classes is one of {', '.join(PROMPTS)}")
     n_threads = threads or default_threads()
     run_bench(
         console,
         model,
+        names=names,
+        temps=list(dict.fromkeys(temp or [0.0, 0.8])),
+        depths=parse_depths(depths),
         max_tokens=max_tokens,
         repeats=repeats,
+        bound=spec_draft_n_max,
+        json_file=json_file,
+        plot=plot,
+        synthetic=() if synthetic is None else parse_chances(synthetic),
         n_ctx=n_ctx,
         n_gpu_layers=n_gpu_layers,
         n_threads=n_threads,
         n_threads_batch=n_threads,
-        spec_draft_n_max=spec_draft_n_max,
-        spec_draft_adaptive=adaptive,
+        **({} if draft_model is None else {"spec_draft_model": str(draft_model)}),
     )
 
 

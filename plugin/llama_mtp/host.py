@@ -192,21 +192,30 @@ def logits_row(context: Any, row: int, n_vocab: int) -> npt.NDArray[np.single]:
 
 
 class BufferSizes(contextlib.AbstractContextManager["BufferSizes"]):
-    """Collects the buffer sizes that the host reports while something is made, in bytes by part.
+    """Collects the buffer sizes that the host reports while something is made, in bytes.
 
-    Parts are the host's own words: ``KV``, ``RS``, ``state``, ``compute``, ``output``. Its log
-    lines go on to where they went before.
+    Parts are the host's own words: ``KV``, ``RS``, ``state``, ``compute``, ``output``, and so are
+    devices: ``CPU``, ``CUDA0``, ``CUDA_Host``. Its log lines go on to where they went before.
     """
 
-    _LINE = re.compile(r"(KV|RS|state|compute|output) +buffer size = +([0-9.]+) MiB")
+    _LINE = re.compile(r"(\S+) +(KV|RS|state|compute|output) +buffer size = +([0-9.]+) MiB")
 
     def __init__(self) -> None:
-        self.bytes: dict[str, int] = {}
+        self.by_device: dict[tuple[str, str], int] = {}  # (part, device)
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes by part, over all devices."""
+        parts: dict[str, int] = {}
+        for (part, _), size in self.by_device.items():
+            parts[part] = parts.get(part, 0) + size
+        return parts
 
     def __enter__(self) -> BufferSizes:
         def listen(level: int, text: bytes, user_data: Any) -> None:
-            for part, size in self._LINE.findall(text.decode("utf-8", "replace")):
-                self.bytes[part] = self.bytes.get(part, 0) + round(float(size) * 2**20)
+            for device, part, size in self._LINE.findall(text.decode("utf-8", "replace")):
+                held = self.by_device.get((part, device), 0)
+                self.by_device[part, device] = held + round(float(size) * 2**20)
             _logger.llama_log_callback(level, text, user_data)
 
         self._listen = C.llama_log_callback(listen)  # the host keeps the pointer only

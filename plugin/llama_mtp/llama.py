@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from . import host
@@ -65,8 +66,9 @@ class Llama(host.StockLlama):
         spec_draft_model: a GGUF that holds the head by itself (llama.cpp's ``mtp-X.gguf``, a Gemma
             4 assistant); default: the head is in the model's own file.
         spec_draft_type_k, spec_draft_type_v: ggml types of the draft context's own KV cache.
-        spec_draft_adaptive: let measured costs and acceptance choose the depth up to the bound;
-            ``False`` keeps it constant.
+        spec_depth: ``"adaptive"`` (the default) lets measured costs and acceptance choose the depth
+            up to the bound, ``"fixed"`` keeps it there.
+        spec_draft_adaptive: the same as a bool.
         spec_checkpoints: most copies of the recurrent state of a hybrid model to keep near the ends
             of prompts (default 4, at most 512 MiB together; 0: none), so that a chat whose last
             turn changed is not read again from its start.
@@ -97,7 +99,8 @@ class Llama(host.StockLlama):
         spec_draft_model: str | None = None,
         spec_draft_type_k: int | None = None,
         spec_draft_type_v: int | None = None,
-        spec_draft_adaptive: bool = True,
+        spec_depth: str | None = None,
+        spec_draft_adaptive: bool | None = None,
         spec_checkpoints: int | None = None,
         spec_allow_untested: bool | None = None,
         **stock: Any,
@@ -108,7 +111,7 @@ class Llama(host.StockLlama):
         self._in_callback = False
         self._fields_set = 0
         self._generation: object | None = None  # whose text the context holds
-        self._spec_memory: dict[str, int] = {}
+        self._spec_memory: dict[tuple[str, str], int] = {}  # (context and part, device)
         for name in stock:  # the stock class swallows what it does not know
             if name.startswith("spec_") and name not in _STOCK_INIT.parameters:
                 raise TypeError(f"Llama got an unexpected keyword argument {name!r}.")
@@ -123,6 +126,7 @@ class Llama(host.StockLlama):
             spec_checkpoints,
             spec_draft_model,
             spec_allow_untested,
+            spec_depth,
         )
         self._wants_all_rows = bool(stock.get("logits_all"))
         self._plan = make_plan(model_path, self._options, stock)
@@ -169,8 +173,9 @@ class Llama(host.StockLlama):
                     verbose=self.verbose,
                 )
         self._spec_memory = {
-            **{f"target {part}": size for part, size in target_sizes.bytes.items()},
-            **{f"draft {part}": size for part, size in draft_sizes.bytes.items()},
+            (f"{context} {part}", device): size
+            for context, sizes in (("target", target_sizes), ("draft", draft_sizes))
+            for (part, device), size in sizes.by_device.items()
         }
         self._session = Session(
             self._plan, self._ctx, draft, self.n_batch, self.context_params.n_ubatch
@@ -251,11 +256,38 @@ class Llama(host.StockLlama):
             raise SpecTypeError('No spec type is on; construct with spec_type="draft-mtp".')
         self._session.policy.depth_max = depth
 
-    @property
-    def spec_memory(self) -> dict[str, int]:
-        """Bytes by context and part, as the host reported while loading, and of checkpoints."""
-        kept = self._session.checkpoints.n_bytes if self._session is not None else 0
-        return {**self._spec_memory, **({"checkpoints": kept} if kept else {})}
+    @contextmanager
+    def spec_constant_depth(self, depth: int) -> Iterator[None]:
+        """Inside the block draft ``depth`` tokens in every round, 0 included.
+
+        What was measured for the adaptive depth stays as it is and goes on afterwards. Raises
+        SpecTypeError where no spec type is on, ValueError beyond the constructed bound.
+        """
+        if self._session is None:
+            raise SpecTypeError('No spec type is on; construct with spec_type="draft-mtp".')
+        with self._session.constant_depth(depth):
+            yield
+
+    def spec_memory(self, *, by_device: bool = False) -> dict[str, int]:
+        """Bytes that the object holds beside its weights, by context and part.
+
+        What starts with ``draft``, the ``checkpoints``, and of ``target RS`` all but one state are
+        there because of MTP; what starts with ``target`` a stock object has too, with a larger
+        ``compute`` part, as it reserves logits for every row of a batch. Empty where no spec type
+        is on.
+
+        Args:
+            by_device: tell apart where a part lies: keys then end in the host's name of the device,
+                ``draft KV on CUDA0``.
+        """
+        told: dict[str, int] = {}
+        for (part, device), size in self._spec_memory.items():
+            key = f"{part} on {device}" if by_device else part
+            told[key] = told.get(key, 0) + size
+        if self._session is not None and self._session.checkpoints.n_bytes:
+            key = "checkpoints on CPU" if by_device else "checkpoints"
+            told[key] = self._session.checkpoints.n_bytes
+        return told
 
     # ---- generation
 

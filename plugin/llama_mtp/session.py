@@ -204,6 +204,35 @@ class Session:
         self._python_ns += native - start + time.perf_counter_ns() - done
         return int(step.token)
 
+    @property
+    def depth_bound(self) -> int:
+        """The most drafts that a round was built for."""
+        return self._settings.n_max
+
+    @contextmanager
+    def constant_depth(self, depth: int) -> Iterator[None]:
+        """Draft ``depth`` tokens in every round of the block; the policy sees nothing of it."""
+        constant = DepthPolicy(self._settings.n_max, adaptive=False)
+        constant.depth_max = depth
+        self.finish_round()
+        policy, self.policy = self.policy, constant
+        try:
+            yield
+        finally:
+            if not self.closed:
+                self.finish_round()
+            self.policy = policy
+
+    def accept_by_coin(self, chances: Sequence[float], seed: int = 1) -> None:
+        """For measurements: a seeded coin accepts the draft at position i with ``chances[i]``.
+
+        The last chance serves all deeper positions; none lets the model decide again. What a round
+        costs can so be read at any acceptance. The text is nonsense.
+        """
+        if chances:
+            logger.warning("a coin accepts the drafts from now on: the text is nonsense")
+        check(lib.mtp_accept_by_coin(self._handle, list(chances), len(chances), seed), self._handle)
+
     def _depth(self, context: npt.NDArray[np.intc]) -> int:
         most = self.policy.depth_max
         if most and self._ask_depth:

@@ -21,6 +21,7 @@ logger = logging.getLogger("llama_mtp")
 
 MAX_DEPTH = 64  # more rows than this in a verify batch never pay
 MAX_CHECKPOINTS = 1024
+DEPTHS = ("adaptive", "fixed")
 
 _T = TypeVar("_T")
 
@@ -87,12 +88,27 @@ def read_options(
     p_min: float | None,
     type_k: int | None,
     type_v: int | None,
-    adaptive: bool,
+    adaptive: bool | None,
     checkpoints: int | None = None,
     draft_model: str | None = None,
     allow_untested: bool | None = None,
+    depth: str | None = None,
 ) -> SpecOptions:
-    """Fill in environment and defaults; SpecTypeError for values out of range."""
+    """Fill in environment and defaults; SpecTypeError for values out of range.
+
+    ``depth`` says in a word what ``adaptive`` says: ``"adaptive"`` or ``"fixed"``.
+    """
+    if depth not in (None, *DEPTHS):
+        raise SpecTypeError(
+            f'spec_depth is "adaptive" or "fixed", got {depth!r}; spec_draft_n_max is the number.'
+        )
+    if adaptive is not None and depth is not None and adaptive != (depth == "adaptive"):
+        raise SpecTypeError(
+            f"spec_depth={depth!r} and spec_draft_adaptive={adaptive} contradict each other; "
+            "leave one of the two out."
+        )
+    if adaptive is None:
+        adaptive = depth != "fixed"
     options = SpecOptions(
         spec_type=_choose(spec_type, "LLAMA_ARG_SPEC_TYPE", str, "auto"),
         n_max=_choose(n_max, "LLAMA_ARG_SPEC_DRAFT_N_MAX", int, 3),

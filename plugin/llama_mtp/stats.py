@@ -125,6 +125,16 @@ class SpecStats:
                 draft_decodes=draft_decodes,
             )
 
+    def add(self, other: SpecStats) -> None:
+        """Add the counters of another one; ``last`` stays."""
+        for name in _COUNTERS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in _PER_POSITION:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            mine.extend([0] * (len(theirs) - len(mine)))
+            for pos, count in enumerate(theirs):
+                mine[pos] += count
+
     @property
     def mean_acceptance_length(self) -> float:
         """Emitted tokens per round, correction or bonus included; 0.0 before the first round."""

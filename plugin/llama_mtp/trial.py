@@ -161,7 +161,6 @@ def measure(path: str, *, max_tokens: int = MAX_TOKENS, repeats: int = 1, **opti
     """
     from .bench import PROMPTS as TEXTS
     from .bench import chat_tokens, compare, open_pair
-    from .depth import DepthPolicy
     from .host import C
     from .identity import check_identity
 
@@ -170,24 +169,24 @@ def measure(path: str, *, max_tokens: int = MAX_TOKENS, repeats: int = 1, **opti
     with open_pair(path, verbose=True, **options) as (plain, mtp, added_memory):
         session = mtp._session
         assert session is not None
-        adaptive, session.policy = session.policy, DepthPolicy(mtp.spec_depth, adaptive=False)
+        depth, adaptive = mtp.spec_depth, session.policy
         for name, text in texts.items():
-            report = check_identity(
-                plain,
-                mtp,
-                chat_tokens(plain, text),
-                max_tokens,
-                max_batch=1 + mtp.spec_depth,
-                quiet=True,
-                temp=0.0,
-            )
+            with mtp.spec_constant_depth(depth):
+                report = check_identity(
+                    plain,
+                    mtp,
+                    chat_tokens(plain, text),
+                    max_tokens,
+                    max_batch=1 + depth,
+                    quiet=True,
+                    temp=0.0,
+                )
             tokens += report.n_tokens
             partings += [f"{name}: {parting}" for parting in report.divergences]
             illegal += len(report.illegal)
         stats = mtp.spec_stats
         drafted, accepted = stats.num_draft_tokens, stats.num_accepted_tokens
         acceptance = tuple(round(rate, 4) for rate in stats.acceptance_per_pos)
-        session.policy = adaptive
         pairs = list(compare(plain, mtp, texts, max_tokens=max_tokens, repeats=repeats))
         return Trial(
             tokens=tokens,
@@ -201,7 +200,7 @@ def measure(path: str, *, max_tokens: int = MAX_TOKENS, repeats: int = 1, **opti
             ratio=round(median(pair.ratio for pair in pairs), 3),
             depth=adaptive.best,
             reckoning=adaptive.explain(),
-            memory=mtp.spec_memory,
+            memory=mtp.spec_memory(),
             added_memory=added_memory,
             on_gpu=bool(options.get("n_gpu_layers")),
             can_offload=bool(C.llama_supports_gpu_offload()),

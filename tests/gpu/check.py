@@ -20,10 +20,12 @@ from llama_cpp import llama_supports_gpu_offload
 from rich.console import Console
 
 from llama_mtp import Llama
-from llama_mtp.bench import chat_tokens, run_bench
+from llama_mtp.bench import PROMPTS, chat_tokens
 from llama_mtp.doctor import findings
 from llama_mtp.gguf_tools.inspect import check_head
 from llama_mtp.identity import IdentityReport, check_identity
+from llama_mtp.sweep import DEPTHS
+from llama_mtp.sweep_run import run_bench
 
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temp": 0.0},
@@ -51,7 +53,18 @@ def main() -> int:
     for path in () if args.attach_only else args.models:
         for layers in (-1, check_head(path).n_layer_trunk // 2):
             console.rule(f"speed of {path.name}, {layers} layers on the GPU")
-            run_bench(console, path, max_tokens=192, repeats=2, n_ctx=2048, n_gpu_layers=layers)
+            run_bench(
+                console,
+                path,
+                names=list(PROMPTS),
+                temps=(0.0, 0.8),
+                depths=DEPTHS,
+                max_tokens=192,
+                repeats=2,
+                bound=3,
+                n_ctx=2048,
+                n_gpu_layers=layers,
+            )
     console.print(f"{failures} failures")
     return 1 if failures else 0
 
