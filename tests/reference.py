@@ -51,24 +51,29 @@ class Reference:
         history: Sequence[int],
         n: int,
         rows: Rows | None = None,
-        unknown: Sequence[int] = (),
+        start: int = 0,
     ) -> list[int]:
         """Return ``n`` tokens that the heads propose after ``history``; chained heads one each.
 
-        ``rows`` stand in for the target's hidden rows of all but the last token. The tokens at the
-        ``unknown`` positions are read with zeros instead of the row that belongs to them.
+        ``rows`` stand in for the target's hidden rows of all but the last token. The heads read the
+        text from position ``start`` on.
         """
         *before, last = history
         with self._contexts(masked=False) as (target, draft, shares_kv):
             if rows is None or shares_kv:
                 true = self._decode(target, before, None, 0)
-            hidden = (true if rows is None else rows).copy()
-            for pos in unknown:
-                hidden[pos - 1] = 0
-            return self._loop(draft, before, last, hidden, n, shares_kv)
+            hidden = true if rows is None else rows
+            return self._loop(draft, before, last, hidden, n, shares_kv, start)
 
     def _loop(
-        self, draft: Any, before: list[int], last: int, hidden: Rows, n: int, shares_kv: bool
+        self,
+        draft: Any,
+        before: list[int],
+        last: int,
+        hidden: Rows,
+        n: int,
+        shares_kv: bool,
+        start: int,
     ) -> list[int]:
         chained = self.n_heads > 1 and not shares_kv
         memory = C.llama_get_memory(draft)
@@ -81,7 +86,7 @@ class Reference:
             if chained:
                 C.llama_memory_seq_rm(memory, 0, 0, -1)
                 X.llama_set_nextn_layer_offset(draft, head)
-            self._decode(draft, before, paired[:-1], 0)
+            self._decode(draft, before[start:], paired[start:-1], start)
         drafts: list[int] = []
         new = paired[-1:]  # the rows that go with [last, *drafts]
         for i in range(min(n, self.n_heads) if chained else n):

@@ -47,6 +47,7 @@ class Round:
     history: tuple[int, ...]  # up to the last emitted token, which the decode begins with
     drafts: tuple[int, ...]
     unknown: tuple[int, ...]  # positions that the draft context got without their hidden row
+    draft_rows: int  # that the draft context decoded since the round before
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Watch:
 
     rounds: list[Round] = field(default_factory=list)
     unknown: set[int] = field(default_factory=set)
+    draft_rows: int = 0
     llama: Any = None
 
     def address_table(self, names: list[str]) -> dict[str, int]:
@@ -77,10 +79,13 @@ class Watch:
         if 0 < end <= batch.n_tokens:  # else older rows once more, for checkpoint rollback
             history = tuple(self.llama._input_ids.tolist())
             unknown = tuple(p for p in self.unknown if 0 < p < len(history))
-            self.rounds.append(Round(history, tuple(batch.token[end : batch.n_tokens]), unknown))
+            drafts = tuple(batch.token[end : batch.n_tokens])
+            self.rounds.append(Round(history, drafts, unknown, self.draft_rows))
+            self.draft_rows = 0
 
     def _look_at_rows(self, batch: Any) -> None:
         n = batch.n_tokens
+        self.draft_rows += n
         width = C.llama_model_n_embd_out(self.llama._model.model)
         rows = np.ctypeslib.as_array(batch.embd, shape=(n, width))
         for pos, row in zip(batch.pos[:n], rows, strict=True):
@@ -106,15 +111,15 @@ class Case:
     def check_drafts(self, rounds: Sequence[Round], depth: int | None = None) -> None:
         """Compare what was drafted in these rounds, ``depth`` tokens, with the naive drafter.
 
-        Where a text was cut, the row of the token before the cut is gone with the decode that made
-        it; the engine gives zeros for that one, and so does the naive drafter.
+        Whatever was cut before, every token stands in the draft context with its true hidden row.
         """
         assert rounds
         for a_round in rounds:
+            assert a_round.unknown == ()
             if self.rests and not a_round.drafts:
                 continue
             assert list(a_round.drafts) == self.reference.drafts(
-                a_round.history, self.depth if depth is None else depth, unknown=a_round.unknown
+                a_round.history, self.depth if depth is None else depth
             )
 
     @property
@@ -124,7 +129,9 @@ class Case:
 
 
 @contextmanager
-def opened(arch: str, n_heads: int, folder: Path, **more: Any) -> Iterator[Case]:
+def opened(
+    arch: str, n_heads: int, folder: Path, window: int | None = None, **more: Any
+) -> Iterator[Case]:
     """Write a family's model, and open it three times."""
     files = FAMILIES[arch].build(folder, n_heads, 1)
     options = {**OPTIONS, **more}
@@ -139,6 +146,7 @@ def opened(arch: str, n_heads: int, folder: Path, **more: Any) -> Iterator[Case]
             spec_draft_n_max=DEPTH,
             spec_draft_type_k=0,
             spec_draft_type_v=0,
+            spec_prefill_window=window,
             **apart,
             **options,
         )
@@ -218,7 +226,6 @@ def test_drafts_are_those_of_a_naive_drafter(case: Case, sampling: dict[str, Any
     rounds = case.watch.rounds
     assert len(rounds) >= 100 // (1 + case.depth)
     assert {len(r.drafts) for r in rounds} == {case.depth} | ({0} if case.rests else set())
-    assert not any(r.unknown for r in rounds)
     case.check_drafts(rounds[:4] + rounds[4::8])
 
 
@@ -286,6 +293,7 @@ def test_prompts_that_share_a_prefix(case: Case, sampling: dict[str, Any]) -> No
             assert text(case.ours, again, 6, **sampling) == fresh_text(
                 case.stock, again, 6, **sampling
             )
+            assert not any(r.unknown for r in case.watch.rounds)
             if n in (2, 5):
                 case.check_drafts(case.watch.rounds[:1])
 
@@ -316,6 +324,27 @@ def test_sliding_windows_that_have_moved_on(arch: str, tmp_path: Path) -> None:
         truth = fresh_text(case.stock, prompt, 350, **GREEDY)
         assert text(case.ours, prompt, 350, **GREEDY) == truth
         case.check_drafts(case.watch.rounds[-60::12])
+
+
+@pytest.mark.parametrize("arch,n_heads", [("qwen35", 1), ("step35", 3), ("gemma4-assistant", 1)])
+@pytest.mark.parametrize("window", [6, 40])  # the larger one takes two batches
+def test_a_prefill_window_is_where_the_draft_begins(
+    arch: str, n_heads: int, window: int, tmp_path: Path
+) -> None:
+    """The naive drafter begins at the same token, with its true row; the text does not change."""
+    with opened(arch, n_heads, tmp_path, window) as case:
+        prompt = case.prompt(70, 12)
+        assert text(case.ours, prompt, 40, **GREEDY) == fresh_text(case.stock, prompt, 40, **GREEDY)
+        rounds = case.watch.rounds
+        shared = arch == "gemma4-assistant"
+        first = [window + 1, 1, 1] if n_heads == 1 else [window + 1, window + 2, window + 3]
+        drafted = [r for r in rounds if r.drafts]  # the prompt's last row is no round of ours
+        assert drafted[0].draft_rows == (case.depth if shared else sum(first))
+        for a_round in [*drafted[:4], drafted[-1]]:
+            assert a_round.unknown == ()
+            assert list(a_round.drafts) == case.reference.drafts(
+                a_round.history, case.depth, start=0 if shared else 70 - window
+            )
 
 
 @pytest.mark.parametrize("arch", ["step35", "hy_v3"])

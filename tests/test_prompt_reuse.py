@@ -385,7 +385,7 @@ def test_at_most_so_many(model: ModelFactory, ours: LlamaFactory) -> None:
     prompt = conversation(fast, m, 5)
     assert len(positions(fast)) == 2
     assert positions(fast)[-1] == len(prompt) - TAIL
-    size = fast._session.checkpoints._kept[0].state.nbytes
+    size = fast._session.checkpoints._kept[0].n_bytes  # a hidden row included
     assert fast._session.checkpoints.n_bytes == 2 * size == fast.spec_memory()["checkpoints"]
 
 
@@ -453,3 +453,52 @@ def test_an_interrupt_while_going_back(
         text(fast, again, 5, **SAMPLED)
     for prompt in ([*held, *m.text(3, 5)], again):
         assert text(fast, prompt, 20, **SAMPLED) == fresh_text(plain, prompt, 20, **SAMPLED)
+
+
+# ---- the draft's side: a cut below what it has read, and a window on what it reads
+
+
+@pytest.mark.parametrize("arch", ["hy_v3", "mimo2"])
+def test_the_token_before_a_cut_is_read_again_for_the_draft(
+    model: ModelFactory, ours: LlamaFactory, decoded: Any, arch: str
+) -> None:
+    """It gives the hidden row that the draft lacks; what the draft has not read lacks none."""
+    m = model(arch)
+    fast = ours(m)
+    prompt = m.text(60)
+    text(fast, prompt, 30, **GREEDY)
+    sizes = decoded(fast)
+    text(fast, [*prompt[:50], *m.text(7, 2)], 1, **GREEDY)
+    assert sum(sizes) == 7 + 1
+    sizes.clear()
+    text(fast, [*prompt[:50], *m.text(5, 2), *m.text(4, 3)], 1, **GREEDY)  # still waiting
+    assert sum(sizes) == 4
+
+
+def test_a_prefill_window_spares_the_draft_the_prompt(
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory
+) -> None:
+    m = model("hy_v3", head="hidden")
+    plain, fast, all_ = stock(m), ours(m, spec_prefill_window=32), ours(m)
+    prompt = m.text(300)
+    expected = fresh_text(plain, prompt, 60, **SAMPLED)
+    assert text(fast, prompt, 60, **SAMPLED) == text(all_, prompt, 60, **SAMPLED) == expected
+    assert fast.spec_stats.last.num_accepted_tokens > 10
+    again = [*prompt[:200], *m.text(90, 2)]
+    expected = fresh_text(plain, again, 60, **SAMPLED)
+    assert text(fast, again, 60, **SAMPLED) == expected
+
+
+def test_prefill_window_and_environment(
+    model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(model("hy_v3").path)
+    with Llama(path, **COMMON) as fast:
+        assert fast.__getstate__()["spec_prefill_window"] is None
+    monkeypatch.setenv("LLAMA_MTP_PREFILL_WINDOW", "64")
+    with Llama(path, **COMMON) as fast:
+        assert fast.__getstate__()["spec_prefill_window"] == 64
+    with Llama(path, spec_prefill_window=9, **COMMON) as fast:
+        assert fast.__getstate__()["spec_prefill_window"] == 9
+    with pytest.raises(SpecTypeError, match="spec_prefill_window"):
+        Llama(path, spec_prefill_window=0, **COMMON)

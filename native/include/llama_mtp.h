@@ -106,6 +106,8 @@ struct mtp_session_params {
     int32_t drafting;    /* enum mtp_drafting */
     int32_t n_heads;     /* NextN heads of a chain; 1 otherwise */
     int32_t all_outputs; /* 1: every row of the draft context is an output, for a graph that nobody has run yet */
+    int32_t prefill_window; /* most waiting rows that the draft context reads, at least 1 + n_draft_max, which is what
+                             * rounds leave behind; 0: all. Without effect where KV is shared */
 };
 
 /* What next() did. Times are nanoseconds of one round and are set when a round begins. */
@@ -153,7 +155,8 @@ int mtp_compare_vocabularies(const struct mtp_host_api * api, const struct mtp_h
 /* --- capture: after each decode of the target that the session did not do itself --------------------------------- */
 
 /* The host decoded n tokens (sequence 0) at consecutive positions from pos, and logits of the last one are live.
- * Copies the hidden rows; decodes them in the draft context when more than n_batch are waiting. */
+ * Copies the hidden rows; decodes them in the draft context when more than n_batch are waiting, or drops them where a
+ * prefill window has no use for them. */
 int mtp_capture(mtp_session * session, const int32_t * tokens, int32_t n, int32_t pos);
 
 /* --- one call per token ------------------------------------------------------------------------------------------ */
@@ -203,11 +206,21 @@ int mtp_settle(mtp_session * session);
 int mtp_replay(mtp_session * session);
 
 /* Cuts target and draft to n_past positions, with one rollback also in the middle of a round. The target's memory
- * follows as after mtp_settle. */
+ * follows as after mtp_settle. The draft keeps one token more where it has read beyond n_past: when the token at n_past
+ * is evaluated again and is the same, the draft gets the hidden row of the token after it. */
 int mtp_truncate(mtp_session * session, int32_t n_past);
 
 /* 1 when mtp_truncate(n_past) would succeed now. */
 int mtp_can_truncate(mtp_session * session, int32_t n_past);
+
+/* 1 when after mtp_truncate(n_past) nobody would know the hidden row that the draft needs for the token at n_past:
+ * truncate to n_past - 1 instead and evaluate that token again. */
+int mtp_lacks_row(const mtp_session * session, int32_t n_past);
+
+/* Copies the hidden row (n_embd floats) that the draft needs for the token at mtp_n_past, between rounds; zeros where
+ * nobody knows it. To be put back with mtp_row_set when the caller puts the target back to the same position. */
+int mtp_row_get(mtp_session * session, float * row);
+int mtp_row_set(mtp_session * session, const float * row);
 
 /* The target's memory was replaced or cleared by someone else and now ends at n_past: forget all bookkeeping. */
 int mtp_forget(mtp_session * session, int32_t n_past);
@@ -218,7 +231,8 @@ int mtp_align(mtp_session * session, const int32_t * tokens, int32_t n);
 /* Batch row whose logits are those of the target's last kept position, or -1. */
 int mtp_live_row(const mtp_session * session);
 
-/* Positions the target holds, pending rows left out; and those the draft context has seen with true hidden rows. */
+/* Positions the target holds, pending rows left out; and those the draft context has seen with true hidden rows, after
+ * mtp_truncate perhaps one more. */
 int mtp_n_past(const mtp_session * session);
 int mtp_n_past_draft(const mtp_session * session);
 

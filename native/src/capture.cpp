@@ -6,10 +6,22 @@
 namespace mtp {
 
 capture_queue::capture_queue(int32_t capacity, int32_t n_embd)
-    : n_embd_(n_embd), rows_(static_cast<size_t>(capacity + 1) * n_embd, 0.0f) {}
+    : capacity_(capacity), n_embd_(n_embd), rows_(static_cast<size_t>(n_embd), 0.0f) {}
 
 void capture_queue::zero(int32_t index) {
     std::fill_n(row(index), n_embd_, 0.0f);
+}
+
+// Room for so many waiting tokens, and for the row behind them.
+void capture_queue::reserve(int32_t n_waiting) {
+    const size_t size = (static_cast<size_t>(n_waiting) + 1) * n_embd_;
+    if (rows_.size() < size) {
+        rows_.resize(size);
+    }
+}
+
+bool capture_queue::knows_first_row() const {
+    return std::any_of(rows_.begin(), rows_.begin() + n_embd_, [](float x) { return x != 0.0f; });
 }
 
 int32_t capture_queue::common(const int32_t * tokens, int32_t n, int32_t pos) const {
@@ -23,6 +35,7 @@ int32_t capture_queue::common(const int32_t * tokens, int32_t n, int32_t pos) co
 void capture_queue::append(const int32_t * tokens, const float * rows, int32_t n, int32_t pos) {
     const int32_t known = common(tokens, n, pos);
     cut(pos + known);
+    reserve(std::max(0, pos + n - decoded_));
     // Row i of this decode pairs with the token after it. Rows below `decoded` are the draft memory's already.
     for (int32_t i = 0; i < n; ++i) {
         const int32_t next = pos + i + 1;
@@ -51,14 +64,24 @@ void capture_queue::cut(int32_t pos) {
 }
 
 void capture_queue::mark_decoded(int32_t pos) {
-    std::memmove(row(0), row(pos - decoded_), sizeof(float) * n_embd_);
+    std::memmove(row(0), row(pos - decoded_), sizeof(float) * n_embd_ * static_cast<size_t>(end() - pos + 1));
     decoded_ = pos;
+}
+
+void capture_queue::skip(int32_t pos) {
+    mark_decoded(pos);
+    tokens_.erase(tokens_.begin(), tokens_.begin() + (pos - start_));
+    start_ = pos;
 }
 
 void capture_queue::push_decoded(int32_t token) {
     tokens_.push_back(token);
     decoded_ = end();
     zero(0);
+}
+
+void capture_queue::set_row(const float * hidden) {
+    std::memcpy(row(waiting()), hidden, sizeof(float) * n_embd_);
 }
 
 void capture_queue::restart(int32_t pos) {
@@ -141,6 +164,7 @@ void capture_queue::state_set(const uint8_t * data) {
     if (!tokens.empty()) {
         std::memcpy(tokens.data(), data + sizeof head, n_token_bytes);
     }
+    reserve(head.start + head.n_tokens - head.decoded);
     tokens_.swap(tokens);
     start_   = head.start;
     decoded_ = head.decoded;

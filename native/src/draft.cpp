@@ -13,7 +13,7 @@ constexpr int n_top = 10;  // as llama.cpp: p is a softmax over the ten best, no
 }  // namespace
 
 drafter::drafter(const host_api & api, const mtp_session_params & params)
-    : api_(api), params_(params), memory_(api.get_memory(params.draft)), queue_(params.n_batch, params.n_embd),
+    : api_(api), params_(params), memory_(api.get_memory(params.draft)), queue_(params.n_batch + window(), params.n_embd),
       batch_(params.n_batch, params.n_embd), hidden_(params.n_embd), chain_(nullptr, api.sampler_free),
       pick_(&drafter::pick_host), add_step_(&drafter::grow), n_heads_(1) {
     if (memory_ == nullptr) {
@@ -67,10 +67,44 @@ void drafter::capture(const int32_t * tokens, const float * rows, int32_t n, int
             restart(pos);
         }
     }
-    if (queue_.waiting() + n > params_.n_batch) {
-        catch_up();
+    if (queue_.waiting() + n > queue_.capacity()) {
+        if (window() > 0) {
+            keep_waiting(std::max(0, window() - n));  // the rest is beyond the window by the time that anyone reads it
+        } else {
+            catch_up();
+        }
+    }
+    if (window() > 0 && pos > 0 && pos == queue_.start() && pos == queue_.end() && !queue_.knows_first_row()) {
+        // The text may begin anywhere: better one token later than with a token that has no row.
+        drop_unverified();
+        queue_.restart(pos + 1);
+        queue_.set_row(rows);
+        memory_end_ = pos + 1;
+        ++tokens, rows += params_.n_embd, --n, ++pos;
     }
     queue_.append(tokens, rows, n, pos);
+}
+
+void drafter::truncate(int32_t pos) {
+    queue_.cut(lacks_row(pos) && pos >= queue_.start() ? pos + 1 : pos);
+}
+
+// Drops all but the last n waiting rows, and the memory, which would have a hole.
+void drafter::keep_waiting(int32_t n) {
+    if (queue_.waiting() <= n) {
+        return;
+    }
+    queue_.skip(queue_.end() - n);
+    if (!shares_kv()) {
+        api_.memory_clear(memory_, false);
+    }
+    memory_end_ = queue_.start();
+}
+
+void drafter::keep_window() {
+    if (window() > 0) {
+        keep_waiting(window());
+    }
 }
 
 void drafter::align(const int32_t * tokens, int32_t n) {
@@ -99,6 +133,7 @@ bool drafter::rewind(int32_t pos) {
 }
 
 size_t drafter::state_size() {
+    keep_window();
     drop_unverified();
     return queue_.state_size();
 }
@@ -121,8 +156,8 @@ bool drafter::decode() {
     return true;
 }
 
-// Starts a batch with the rows that wait, behind the true rows of the memory.
-void drafter::load_waiting() {
+// Starts a batch with the rows that wait for positions below end, behind the true rows of the memory.
+void drafter::load_waiting(int32_t end) {
     batch_.clear();
     if (shares_kv()) {
         queue_.mark_decoded(queue_.end());  // the target's cells are this head's
@@ -130,7 +165,7 @@ void drafter::load_waiting() {
         return;
     }
     drop_unverified();
-    for (int32_t p = queue_.decoded(); p < queue_.end(); ++p) {
+    for (int32_t p = queue_.decoded(); p < end; ++p) {
         batch_.push(queue_.token(p), p, params_.all_outputs != 0, queue_.hidden(p));
     }
     base_ = memory_end_ = queue_.decoded();
@@ -141,15 +176,15 @@ void drafter::load_waiting() {
 
 // The waiting rows alone, without an output: a prompt longer than n_batch, or a long stretch at depth 0.
 void drafter::catch_up() {
-    if (queue_.waiting() == 0) {
-        return;
+    keep_window();
+    while (queue_.waiting() > 0) {
+        const int32_t end = std::min(queue_.end(), queue_.decoded() + params_.n_batch);
+        load_waiting(end);
+        if (batch_.size() > 0 && decode()) {
+            finish_chain(1, batch_.size());
+        }
+        queue_.mark_decoded(std::max(end, queue_.decoded()));  // after a failure nothing waits
     }
-    load_waiting();
-    const int32_t end = queue_.end();
-    if (batch_.size() > 0 && decode()) {
-        finish_chain(1, batch_.size());
-    }
-    queue_.mark_decoded(end);
 }
 
 std::vector<int32_t> drafter::draft(int32_t last, int32_t pos, int32_t depth, float p_min) {
@@ -160,12 +195,13 @@ std::vector<int32_t> drafter::draft(int32_t last, int32_t pos, int32_t depth, fl
     if (!alive() || depth <= 0 || pos != queue_.end()) {
         return drafts;
     }
+    keep_window();
     if (queue_.waiting() + n_heads_ > params_.n_batch) {
         catch_up();
     }
 
     // Catch-up and first step in one decode; only its last row is an output.
-    load_waiting();
+    load_waiting(pos);
     batch_.push(last, pos, true, queue_.hidden(pos));
     const int32_t n_true = batch_.size();
     if (!decode()) {

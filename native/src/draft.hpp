@@ -3,6 +3,7 @@
 
 #include "capture.hpp"
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -21,6 +22,9 @@ namespace mtp {
 //
 // Invariant between calls: the draft memory holds true rows for [queue.start, queue.decoded), and rows of unverified
 // drafts up to memory_end; the latter are removed before the next decode.
+//
+// With a prefill window of W more than W waiting rows are never read: all but the last W are dropped, and with them the
+// memory before them, as a hole in the middle of a text is worth less than a text that begins later.
 class drafter {
   public:
     drafter(const host_api & api, const mtp_session_params & params);
@@ -43,6 +47,14 @@ class drafter {
 
     // Forgets positions from pos on.
     void cut(int32_t pos) { queue_.cut(pos); }
+    // The same for a target that goes on at pos. Below `decoded` the row that the next token needs, the target's of
+    // pos - 1, is gone; but the one that follows the token at pos comes back when that token is evaluated again. So it
+    // stays in the draft memory, where capture recognises it.
+    void truncate(int32_t pos);
+    // Whether the token at pos would have no hidden row after cut(pos).
+    bool lacks_row(int32_t pos) const { return alive() && pos > 0 && pos < queue_.decoded(); }
+    // The row of the token to come, from when the queue ended at the same position with the same text.
+    void set_row(const float * row) { queue_.set_row(row); }
     void align(const int32_t * tokens, int32_t n);
 
     // Empties memory and queue; the next token stands at pos.
@@ -70,8 +82,15 @@ class drafter {
 
     bool chained() const { return params_.drafting == MTP_DRAFTING_CHAINED; }
     bool shares_kv() const { return params_.drafting == MTP_DRAFTING_SHARED_KV; }
+    // 0: all rows are read. What rounds leave behind is no prompt, and has to fit.
+    int32_t window() const {
+        const bool none = shares_kv() || params_.prefill_window == 0;
+        return none ? 0 : std::max(params_.prefill_window, params_.n_draft_max + 1);
+    }
 
-    void load_waiting();
+    void keep_waiting(int32_t n);
+    void keep_window();
+    void load_waiting(int32_t end);
     void catch_up();
     bool grow(int32_t token, int32_t pos, int32_t i);
     bool chain(int32_t token, int32_t pos, int32_t i);

@@ -20,6 +20,7 @@ const mtp_session_params & checked(const mtp_session_params & p) {
     require(p.target != nullptr, "the target context is missing");
     require(p.n_vocab > 0 && p.n_ctx > 0 && p.n_batch > 0 && p.n_ubatch > 0, "sizes must be positive");
     require(p.n_draft_max >= 0 && p.n_draft_max < p.n_batch, "1 + n_draft_max rows must fit n_batch");
+    require(p.prefill_window >= 0, "prefill_window must not be negative; 0 reads everything");
     require(p.draft == nullptr || p.n_embd > 0, "a draft context needs the width of a hidden row");
     require(p.rollback >= MTP_ROLLBACK_ATTENTION && p.rollback <= MTP_ROLLBACK_CHECKPOINT, "unknown rollback kind");
     require(p.n_rs_seq >= 0, "n_rs_seq must not be negative");
@@ -59,6 +60,9 @@ void mtp_session::hand_over(const int32_t * tokens, int32_t n, int32_t pos) {
 void mtp_session::capture(const int32_t * tokens, int32_t n, int32_t pos) {
     require(tokens != nullptr && n > 0 && n <= params.n_batch && pos >= 0, "capture needs 1 to n_batch tokens");
     counters = with_round();
+    if (drafter && pos > target.n_past()) {
+        drafter->cut(target.n_past());  // what stands in between is not the token that a truncation left there
+    }
     target.observe_decode(n, pos);
     hand_over(tokens, n, pos);
 }
@@ -75,18 +79,25 @@ mtp_counters mtp_session::with_round() const {
     return sum;
 }
 
-void mtp_session::truncate(int32_t n_past) {
+void mtp_session::truncate_target(int32_t n_past) {
     const mtp_counters booked = with_round();
     target.truncate(n_past);
     counters = booked;  // only now: a refusal leaves the round open
+}
+
+void mtp_session::truncate(int32_t n_past) {
+    truncate_target(n_past);
     if (drafter) {
-        drafter->cut(n_past);
+        drafter->truncate(n_past);
     }
 }
 
 void mtp_session::settle() {
     if (target.in_round()) {
-        truncate(target.n_past());
+        truncate_target(target.n_past());
+        if (drafter) {
+            drafter->cut(target.n_past());
+        }
     }
 }
 
@@ -98,9 +109,10 @@ void mtp_session::replay() {
 void mtp_session::forget(int32_t n_past) {
     require(n_past >= 0, "n_past must not be negative");
     counters = with_round();
+    const int32_t end = std::min(n_past, target.n_past());
     target.forget(n_past);
     if (drafter) {
-        drafter->cut(n_past);
+        drafter->cut(end);
     }
 }
 
@@ -111,9 +123,30 @@ void mtp_session::align(const int32_t * tokens, int32_t n) {
     }
 }
 
+void mtp_session::row_get(float * row) const {
+    require(drafter != nullptr, "this session has no draft context");
+    require(row != nullptr, "row is NULL");
+    require(!target.in_round() && drafter->queue().end() == target.n_past(),
+            "the draft does not end where the target does");
+    const float * hidden = drafter->queue().hidden(target.n_past());
+    std::copy(hidden, hidden + params.n_embd, row);
+}
+
+void mtp_session::row_set(const float * row) {
+    require(drafter != nullptr, "this session has no draft context");
+    require(row != nullptr, "row is NULL");
+    require(!target.in_round() && drafter->queue().end() == target.n_past(),
+            "the draft does not end where the target does");
+    drafter->set_row(row);
+}
+
 size_t mtp_session::state_size() {
     replay();
-    return drafter ? drafter->state_size() : 0;
+    if (!drafter) {
+        return 0;
+    }
+    drafter->cut(target.n_past());
+    return drafter->state_size();
 }
 
 void mtp_session::state_get(uint8_t * data, size_t n) const {
@@ -390,6 +423,18 @@ int mtp_truncate(mtp_session * session, int32_t n_past) {
 
 int mtp_can_truncate(mtp_session * session, int32_t n_past) {
     return session != nullptr && session->target.can_truncate(n_past) ? 1 : 0;
+}
+
+int mtp_lacks_row(const mtp_session * session, int32_t n_past) {
+    return session != nullptr && session->drafter && session->drafter->lacks_row(n_past) ? 1 : 0;
+}
+
+int mtp_row_get(mtp_session * session, float * row) {
+    return enter(session, [&](mtp_session & s) { s.row_get(row); });
+}
+
+int mtp_row_set(mtp_session * session, const float * row) {
+    return enter(session, [&](mtp_session & s) { s.row_set(row); });
 }
 
 int mtp_forget(mtp_session * session, int32_t n_past) {

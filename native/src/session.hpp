@@ -23,6 +23,8 @@ struct mtp_session {
     void replay();
     void forget(int32_t n_past);
     void align(const int32_t * tokens, int32_t n);
+    void   row_get(float * row) const;
+    void   row_set(const float * row);
     size_t state_size();
     void   state_get(uint8_t * data, size_t n) const;
     void   state_check(const uint8_t * data, size_t n, int32_t max_end) const;
@@ -40,6 +42,7 @@ struct mtp_session {
   private:
     void begin_round(int32_t pos);
     void hand_over(const int32_t * tokens, int32_t n, int32_t pos);
+    void truncate_target(int32_t n_past);
     mtp_counters with_round() const;
 
     int64_t round_target_ns_ = 0;

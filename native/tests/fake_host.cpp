@@ -519,6 +519,7 @@ mtp_session_params host::params() {
                                       : MTP_DRAFTING_ONE_HEAD;
     p.n_heads     = opt.n_heads;
     p.all_outputs = opt.all_outputs ? 1 : 0;
+    p.prefill_window = opt.prefill_window;
     return p;
 }
 

@@ -33,6 +33,7 @@ struct options {
     int32_t n_heads       = 1;     // more than one: chained
     bool    shares_kv     = false; // the draft context attends to the target's cells
     bool    all_outputs   = false;
+    int32_t prefill_window = 0;
 };
 
 // One context. `start` is the position of tokens[0]: a draft context may begin late.

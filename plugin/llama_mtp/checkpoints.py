@@ -40,14 +40,19 @@ _PARTIAL = host.C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The recurrent state after ``history``."""
+    """The recurrent state after ``history``, and the hidden row that the draft needs next."""
 
     history: npt.NDArray[np.intc]
     state: npt.NDArray[np.uint8]
+    row: npt.NDArray[np.float32] | None = None  # (n_embd,)
 
     @property
     def n_past(self) -> int:
         return len(self.history)
+
+    @property
+    def n_bytes(self) -> int:
+        return self.state.nbytes + (self.row.nbytes if self.row is not None else 0)
 
 
 @dataclass
@@ -82,7 +87,7 @@ class Checkpoints:
     @property
     def n_bytes(self) -> int:
         """Bytes of all copies."""
-        return sum(c.state.nbytes for c in self._kept)
+        return sum(c.n_bytes for c in self._kept)
 
     # ---- what makes them stale
 
@@ -102,8 +107,10 @@ class Checkpoints:
         last = self._kept[-1].n_past if self._kept else 0
         return self.limit > 0 and n_past - last >= MIN_STEP
 
-    def save(self, history: npt.NDArray[np.intc]) -> None:
-        """Copy the state that the settled target has after ``history``.
+    def save(
+        self, history: npt.NDArray[np.intc], row: npt.NDArray[np.float32] | None = None
+    ) -> None:
+        """Copy the state that the settled target has after ``history``, and keep ``row`` with it.
 
         Nothing is kept where the history has images, or where one state is too large.
         """
@@ -112,22 +119,23 @@ class Checkpoints:
         start = time.perf_counter_ns()
         ctx = self._target.ctx
         size = int(host.C.llama_state_seq_get_size_ext(ctx, 0, _PARTIAL))
-        if size > self.max_bytes:
+        total = size + (row.nbytes if row is not None else 0)
+        if total > self.max_bytes:
             logger.info("no checkpoints: a recurrent state of %d bytes is too large", size)
             self.limit = 0
-        if not 0 < size <= self.max_bytes or self.limit <= 0:
+        if size <= 0 or total > self.max_bytes or self.limit <= 0:
             self.clear()
             return
         self.cut(len(history) - 1)
         while self._kept and (
-            len(self._kept) >= self.limit or self.n_bytes + size > self.max_bytes
+            len(self._kept) >= self.limit or self.n_bytes + total > self.max_bytes
         ):
             self._kept.pop(0)
         state = np.empty(size, dtype=np.uint8)
         data = host.pointer_to(state)
         if host.C.llama_state_seq_get_data_ext(ctx, data, size, 0, _PARTIAL) != size:
             return
-        self._kept.append(Checkpoint(history.copy(), state))
+        self._kept.append(Checkpoint(history.copy(), state, row))
         self.stats.saved += 1
         self.stats.save_ns += time.perf_counter_ns() - start
 

@@ -74,10 +74,14 @@ class Llama(host.StockLlama):
             turn changed is not read again from its start.
         spec_allow_untested: draft also with an architecture whose head no release of this package
             has run; libllama may abort the process.
+        spec_prefill_window: the draft context reads at most this many tokens of what it has not
+            seen (a prompt, a long stretch without drafts) and forgets the rest; ``None`` (the
+            default): all of them.
 
     The environment variables ``LLAMA_ARG_SPEC_TYPE``, ``LLAMA_ARG_SPEC_DRAFT_N_MAX``,
     ``..._N_MIN``, ``..._P_MIN`` and ``..._MODEL``, ``LLAMA_ARG_CTX_CHECKPOINTS`` and
-    ``LLAMA_MTP_ALLOW_UNTESTED`` stand in for arguments that are not given.
+    ``LLAMA_MTP_ALLOW_UNTESTED`` and ``LLAMA_MTP_PREFILL_WINDOW`` stand in for arguments that are
+    not given.
 
     Raises:
         SpecTypeError: the spec type is unknown, or cannot be honoured with this file or these
@@ -103,6 +107,7 @@ class Llama(host.StockLlama):
         spec_draft_adaptive: bool | None = None,
         spec_checkpoints: int | None = None,
         spec_allow_untested: bool | None = None,
+        spec_prefill_window: int | None = None,
         **stock: Any,
     ) -> None:
         self._session: Session | None = None
@@ -127,6 +132,7 @@ class Llama(host.StockLlama):
             spec_draft_model,
             spec_allow_untested,
             spec_depth,
+            spec_prefill_window,
         )
         self._wants_all_rows = bool(stock.get("logits_all"))
         self._plan = make_plan(model_path, self._options, stock)
@@ -415,7 +421,8 @@ class Llama(host.StockLlama):
 
         Unlike stock, never on the memory's word alone: where a recurrent state is not kept, the
         deepest checkpoint has to do; without one, or where a sliding window has moved on, the
-        context starts over.
+        context starts over. Where the draft has read the token behind the cut, the last token that
+        is kept counts to the rest: evaluated again, it gives the draft the hidden row it lacks.
         """
         session = self._session
         assert session is not None
@@ -431,6 +438,8 @@ class Llama(host.StockLlama):
             self.reset()
             return prompt
         if session.can_truncate(keep):
+            if session.lacks_row(keep) and session.can_truncate(keep - 1):
+                keep -= 1
             session.truncate(keep)
         else:
             keep = session.restore(prompt)
@@ -448,7 +457,7 @@ class Llama(host.StockLlama):
         head = len(prompt) - TAIL
         if head > 0 and session.checkpoints.wanted(self.n_tokens + head):
             self.eval(prompt[:head])
-            session.checkpoints.save(self._input_ids)
+            session.save_checkpoint(self._input_ids)
             prompt = prompt[head:]
         self.eval(prompt)
 
@@ -581,6 +590,7 @@ class Llama(host.StockLlama):
             "spec_draft_adaptive": options.adaptive,
             "spec_checkpoints": options.checkpoints,
             "spec_allow_untested": options.allow_untested,
+            "spec_prefill_window": options.prefill_window,
         }
 
     # ---- lifetime: session, target context, model

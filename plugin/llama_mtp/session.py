@@ -75,6 +75,7 @@ class Session:
         model = target.model.model
         n_vocab = target.model.n_vocab()
         rollback, head = plan.report.rollback, plan.head
+        self._n_embd = int(host.C.llama_model_n_embd_out(model))
         self._handle = open_session(
             host.address_table(api_names()),
             host.batch_layout(),
@@ -82,7 +83,7 @@ class Session:
                 "target": ffi.cast("void *", target.ctx),
                 "draft": ffi.cast("void *", draft.ctx) if draft is not None else ffi.NULL,
                 "n_vocab": n_vocab,
-                "n_embd": host.C.llama_model_n_embd_out(model),
+                "n_embd": self._n_embd,
                 "n_ctx": target.n_ctx(),
                 "n_batch": n_batch,
                 "n_ubatch": n_ubatch,
@@ -100,6 +101,7 @@ class Session:
                 else lib.MTP_DRAFTING_ONE_HEAD,
                 "n_heads": max(1, head.n_heads),
                 "all_outputs": int(head.untested),
+                "prefill_window": min(plan.options.prefill_window or 0, target.n_ctx()),
             },
         )
         options = plan.options
@@ -357,6 +359,10 @@ class Session:
     def can_truncate(self, n_past: int) -> bool:
         return bool(lib.mtp_can_truncate(self._handle, n_past))
 
+    def lacks_row(self, n_past: int) -> bool:
+        """Whether the draft needs the token before ``n_past`` evaluated again after a cut there."""
+        return bool(lib.mtp_lacks_row(self._handle, n_past))
+
     def truncate(self, n_past: int) -> None:
         """Cut both contexts to ``n_past`` positions; RollbackRefused where the state is gone."""
         self.finish_round()
@@ -368,6 +374,14 @@ class Session:
         self.finish_round()
         self.checkpoints.clear()
         check(lib.mtp_forget(self._handle, n_past), self._handle)
+
+    def save_checkpoint(self, history: npt.NDArray[np.intc]) -> None:
+        """Keep the recurrent state after ``history``, and the hidden row that the draft needs."""
+        row: npt.NDArray[np.float32] | None = None
+        if self._draft is not None:
+            row = np.empty(self._n_embd, dtype=np.float32)
+            check(lib.mtp_row_get(self._handle, ffi.from_buffer("float[]", row)), self._handle)
+        self.checkpoints.save(history, row)
 
     def restore(self, prompt: Sequence[int]) -> int:
         """Take both contexts back to the deepest checkpoint inside ``prompt``; its length, or 0.
@@ -384,6 +398,9 @@ class Session:
         if not self.checkpoints.restore(kept):
             self.forget(0)
             return 0
+        if kept.row is not None:
+            row = ffi.from_buffer("float[]", kept.row)
+            check(lib.mtp_row_set(self._handle, row), self._handle)
         return kept.n_past
 
     def align(self, context: npt.NDArray[np.intc]) -> None:

@@ -24,6 +24,7 @@ MAX_CHECKPOINTS = 1024
 DEPTHS = ("adaptive", "fixed")
 
 _T = TypeVar("_T")
+_D = TypeVar("_D")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class SpecOptions:
     checkpoints: int = 0
     draft_model: str | None = None
     allow_untested: bool = False
+    prefill_window: int | None = None  # None: the draft context reads everything
 
     @property
     def explicit(self) -> bool:
@@ -63,7 +65,7 @@ class Plan:
         return self.depth if self.report.rollback == "snapshots" else 0
 
 
-def _choose(keyword: _T | None, variable: str, parse: Callable[[str], _T], default: _T) -> _T:
+def _choose(keyword: _T | None, variable: str, parse: Callable[[str], _T], default: _D) -> _T | _D:
     if keyword is not None:
         return keyword
     text = os.environ.get(variable)
@@ -93,6 +95,7 @@ def read_options(
     draft_model: str | None = None,
     allow_untested: bool | None = None,
     depth: str | None = None,
+    prefill_window: int | None = None,
 ) -> SpecOptions:
     """Fill in environment and defaults; SpecTypeError for values out of range.
 
@@ -120,6 +123,7 @@ def read_options(
         checkpoints=_choose(checkpoints, "LLAMA_ARG_CTX_CHECKPOINTS", int, 4),
         draft_model=_choose(draft_model, "LLAMA_ARG_SPEC_DRAFT_MODEL", str, None),
         allow_untested=_choose(allow_untested, "LLAMA_MTP_ALLOW_UNTESTED", _switch, False),
+        prefill_window=_choose(prefill_window, "LLAMA_MTP_PREFILL_WINDOW", int, None),
     )
     if not isinstance(options.spec_type, str):
         raise SpecTypeError(f"spec_type must be a string, got {options.spec_type!r}.")
@@ -145,6 +149,11 @@ def read_options(
         raise SpecTypeError(
             f"spec_checkpoints must be between 0 and {MAX_CHECKPOINTS}, got {options.checkpoints}; "
             "0 keeps none."
+        )
+    if options.prefill_window is not None and options.prefill_window < 1:
+        raise SpecTypeError(
+            f"spec_prefill_window must be at least 1, got {options.prefill_window}; "
+            "None reads everything."
         )
     return options
 
