@@ -89,6 +89,12 @@ class Recorder(peers.Peer):
         super().__init__(HERE)
         self.name, self.calls = name, calls
 
+    def absent(self) -> str:
+        return ""
+
+    def open(self, model: Path, threads: int, depth: int | None, n_ctx: int) -> None:
+        pass
+
     def generate(self, prompt: Sequence[int], n: int, temp: float, seed: int) -> Run:
         self.calls.append((self.name, tuple(prompt), n, temp, seed))
         return Run(n, 0.0, 1.0)

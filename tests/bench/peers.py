@@ -24,6 +24,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
@@ -77,7 +78,7 @@ class Places:
 # --- the sides ---------------------------------------------------------------------------------
 
 
-class Peer:
+class Peer(ABC):
     """One side. Open, generate as often as wanted, close.
 
     Attributes:
@@ -89,25 +90,25 @@ class Peer:
         self.flags = ""
         self._stack = ExitStack()
 
+    @abstractmethod
     def absent(self) -> str:
         """Why this side is not installed and what to do about it; empty if it is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open(self, model: Path, threads: int, depth: int | None, n_ctx: int) -> None:
         """Load `model`. ``depth=None``: the side's own default.
 
         Raises:
             PeerError: it does not start or does not load the file.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def generate(self, prompt: Sequence[int], n: int, temp: float, seed: int) -> Run:
         """Generate to the end of the text or `n` tokens, without reuse of an earlier prompt.
 
         Raises:
             PeerError: the side has died.
         """
-        raise NotImplementedError
 
     def close(self) -> None:
         self._stack.close()
