@@ -29,7 +29,7 @@ from llama_mtp.sweep import (
 )
 from llama_mtp.sweep_run import MEANINGLESS
 
-CLASSES = ("--classes", "qa_factual", "--classes", "translation")
+CLASSES = ("--classes", "qa_factual,translation")
 
 
 def bench(path: Path, *args: object) -> str:

@@ -186,7 +186,7 @@ def bench(
     max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens per run.")] = 192,
     repeats: Annotated[int, typer.Option(min=1, help="Turns per prompt; each runs all.")] = 3,
     classes: Annotated[
-        list[str] | None, typer.Option(help="A class of prompts; repeatable. Default: all nine.")
+        list[str] | None, typer.Option(help="Classes of prompts, a,b,c. Default: all nine.")
     ] = None,
     temp: Annotated[
         list[float] | None, typer.Option(min=0.0, help="Repeatable. Default: 0 and 0.8.")
@@ -223,7 +223,8 @@ def bench(
     from .sweep import parse_chances, parse_depths
     from .sweep_run import run_bench
 
-    names = list(dict.fromkeys(classes or PROMPTS))
+    named = (name for text in classes or () for name in text.split(","))
+    names = list(dict.fromkeys(named)) or list(PROMPTS)
     for name in names:
         if name not in PROMPTS:
             raise typer.BadParameter(f"--classes is one of {', '.join(PROMPTS)}")
