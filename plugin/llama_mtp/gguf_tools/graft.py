@@ -15,13 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gguf.constants import GGMLQuantizationType
-
 from .._version import __version__
 from ..architectures import ARCHITECTURES, NOT_EXECUTABLE
 from ..errors import ModelFileError
 from .entries import decode, elements_type, entry
-from .header import Header, TensorInfo, read_header
+from .header import Header, TensorInfo, read_header, type_name
 from .inspect import report_on
 from .match import check_match
 from .quantize import is_matrix, requantize, type_for, type_number
@@ -134,14 +132,6 @@ def graft(
         accept=accept if verify else None,
     )
     return GraftReport(out, size, source.n_heads, types, tuple(notes))
-
-
-def type_name(kind: int) -> str:
-    """Return the name of a ggml type, or its number if the `gguf` package does not know it."""
-    try:
-        return GGMLQuantizationType(kind).name
-    except ValueError:
-        return str(kind)
 
 
 # --- the head -------------------------------------------------------------------------------------

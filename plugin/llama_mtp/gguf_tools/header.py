@@ -52,6 +52,15 @@ BLOCKS: dict[int, tuple[int, int]] = {
     **{39: (32, 17), 40: (64, 36), 41: (128, 18), 42: (64, 18)},  # MXFP4, NVFP4, Q1_0, Q2_0
 }
 
+# ggml type: its name, without the import of the package that knows them too.
+_TYPE_NAMES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1",
+    10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS",
+    17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
+    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0",
+    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0",
+}  # fmt: skip
+
 _SPLIT_NAME = re.compile(
     r"(?P<prefix>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL
 )
@@ -193,6 +202,11 @@ def read_header(path: str | os.PathLike[str], *, check_tokens: bool = False) -> 
     return replace(
         header, tensors=tensors, file_size=size, parts=tuple(parts), data_offsets=tuple(offsets)
     )
+
+
+def type_name(kind: int) -> str:
+    """Return the name of a ggml type, or its number where it is unknown here."""
+    return _TYPE_NAMES.get(kind, f"type {kind}")
 
 
 def shown(value: object) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from ..architectures import ARCHITECTURES, Rollback
 from .forecast import Forecast, Source, forecast
-from .header import TensorInfo, read_header
+from .header import TensorInfo, read_header, type_name
 from .inspect import report_on
 from .probe import ask_host
 
@@ -25,15 +25,6 @@ Verdict = Literal["run", "pair", "graft", "find", "none"]
 it lacks. ``find``: with another file. ``none``: not at all."""
 
 N_CTX, DEPTH = 4096, 3
-
-# ggml's numbers of the types that a GGUF may hold.
-_TYPES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1",
-    10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS",
-    17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
-    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0",
-    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -243,7 +234,7 @@ def _from_headers(target: Source, head: Source, n_ctx: int, depth: int) -> Inspe
 def _quantisation(tensors: Iterable[TensorInfo]) -> Quantisation:
     sizes: Counter[str] = Counter()
     for tensor in tensors:
-        sizes[_TYPES.get(tensor.type, f"type {tensor.type}")] += tensor.n_bytes or 0
+        sizes[type_name(tensor.type)] += tensor.n_bytes or 0
     return Quantisation(dict(sizes.most_common()))
 
 
