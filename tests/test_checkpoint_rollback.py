@@ -281,17 +281,23 @@ def test_replays_count_as_a_cost_of_drafting(surplus: int) -> None:
     """
     policy = DepthPolicy(1)
     right = replays = False
-    for _ in range(600):
+    drafted: list[int] = []
+    for _ in range(2000):
         if replays:
             policy.observe_replay(100 + surplus)
             replays = False
-        elif policy.choose():
-            right = not right
-            policy.observe(2, 130, 1, 0, 1 + right, int(right))
+            continue
+        rule = policy.choose()
+        picks = (0,) * rule.ask()
+        drafted.append(rule.keep(picks))
+        right = right != bool(picks)
+        if drafted[-1]:
+            policy.observe(1, 130, picks, 0, 1 + right, int(right))
             replays = not right
         else:
-            policy.observe(1, 100, 0, 0, 1, 0)
-    assert policy.best == (1 if surplus < 40 else 0)
+            policy.observe(0, 100, picks, 0, 1, 0, right if picks else None)
+    late = sum(drafted[-800:])
+    assert late > 600 if surplus < 40 else late < 100, late
 
 
 def test_drafting_that_does_not_pay_ends(

@@ -110,6 +110,20 @@ struct mtp_session_params {
                              * rounds leave behind; 0: all. Without effect where KV is shared */
 };
 
+enum { MTP_CLASSES = 8, MTP_MAX_DEPTH = 64 };
+
+/* What a round drafts and verifies, pick by pick. A pick has a class by its probability (always 0 where the device picks):
+ * the number of these bounds that it reaches: 0.2 0.35 0.5 0.65 0.8 0.9 0.96. With P(k) the product of accept over the first
+ * k picks, pick k + 1 is drafted while P(k) >= go[k]; then those m drafts are verified that make
+ * P(1) + ... + P(m) - price[m] largest, of equals the most. */
+struct mtp_rule {
+    int32_t depth;       /* most drafts, 0 to MTP_MAX_DEPTH */
+    float   p_min;       /* drafting stops at a pick less likely than this; 0: never */
+    float   accept[512]; /* [position][class]: chance that a pick is right when all before it are */
+    float   go[64];      /* by position, from 0 */
+    float   price[65];   /* by number of verified drafts, in tokens */
+};
+
 /* What next() did. Times are nanoseconds of one round and are set when a round begins. */
 struct mtp_step {
     int32_t token;       /* the emitted token */
@@ -121,6 +135,9 @@ struct mtp_step {
     int64_t target_ns;   /* the round's target decode with its wait; copies of the state and replayed rows included */
     int64_t draft_ns;    /* the round's draft decodes with their waits */
     int32_t n_replayed;  /* kept rows of earlier rounds that this round decoded once more (checkpoint rollback) */
+    int32_t n_picks;     /* drafts that were proposed, of which the first n_drafted were verified */
+    int32_t spare;       /* would the pick after the verified ones have been right? 1 yes, 0 no, -1 nobody knows (yet) */
+    uint8_t classes[64]; /* of the picks */
 };
 
 /* Counters since the session was opened. */
@@ -161,9 +178,9 @@ int mtp_capture(mtp_session * session, const int32_t * tokens, int32_t n, int32_
 
 /* --- one call per token ------------------------------------------------------------------------------------------ */
 
-/* Samples the next row with the caller's llama_sampler chain. With no row left it first settles, drafts up to depth
- * tokens after last (which stands at position pos), and verifies them in one target decode. */
-int mtp_next(mtp_session * session, void * sampler, int32_t last, int32_t pos, int32_t depth, float p_min,
+/* Samples the next row with the caller's llama_sampler chain. With no row left it first settles, drafts after last (which
+ * stands at position pos) as the rule says, and verifies in one target decode. rule NULL: no drafts. */
+int mtp_next(mtp_session * session, void * sampler, int32_t last, int32_t pos, const struct mtp_rule * rule,
              struct mtp_step * step);
 
 /* --- underneath, for drafts that come from elsewhere ------------------------------------------------------------- */
@@ -173,8 +190,9 @@ int mtp_draft(mtp_session * session, int32_t last, int32_t pos, int32_t depth, f
               int32_t * n_out);
 
 /* Target decode of [last, tokens...] from position pos; the rows are then sampled by mtp_sample or by the caller. Where
- * the host makes no copy of a recurrent state that needs one, the round leaves the drafts out: ask mtp_rows_left. */
-int mtp_verify(mtp_session * session, int32_t last, int32_t pos, const int32_t * tokens, int32_t n);
+ * the host makes no copy of a recurrent state that needs one, the round leaves the drafts out: ask mtp_rows_left.
+ * Of n_picks tokens the first n are verified; the one after them gets a verdict for nothing where all before it are right. */
+int mtp_verify(mtp_session * session, int32_t last, int32_t pos, const int32_t * tokens, int32_t n, int32_t n_picks);
 
 /* 1: so many rows are to be decoded once more (checkpoint rollback) that the next round is best one without drafts, as
  * mtp_next and mtp_draft make it; with drafts it takes a decode more. */

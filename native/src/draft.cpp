@@ -8,7 +8,17 @@ namespace mtp {
 
 namespace {
 
-constexpr int n_top = 10;  // as llama.cpp: p is a softmax over the ten best, not over the vocabulary
+constexpr int     n_top   = 10;  // as llama.cpp: p is a softmax over the ten best, not over the vocabulary
+constexpr int32_t n_block = 64;  // logits that are looked at together
+
+// Whether any of the logits is above the bar; written so that a compiler makes it vector code.
+bool any_above(const float * x, int32_t n, float bar) {
+    int32_t found = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        found |= x[i] > bar ? 1 : 0;
+    }
+    return found != 0;
+}
 
 }  // namespace
 
@@ -187,8 +197,9 @@ void drafter::catch_up() {
     }
 }
 
-std::vector<int32_t> drafter::draft(int32_t last, int32_t pos, int32_t depth, float p_min) {
-    std::vector<int32_t> drafts;
+picks drafter::draft(int32_t last, int32_t pos, int32_t depth, const mtp_rule & rule) {
+    picks drafts;
+    float chance = 1.0f;  // that all of them are right
     if (chained()) {
         depth = std::min(depth, n_heads_);
     }
@@ -213,11 +224,13 @@ std::vector<int32_t> drafter::draft(int32_t last, int32_t pos, int32_t depth, fl
     for (;; ++n_steps) {
         const int32_t row  = batch_.size() - 1;
         const pick    next = (this->*pick_)(row);
-        if (next.token < 0 || next.token >= params_.n_vocab || next.p < p_min) {
+        if (next.token < 0 || next.token >= params_.n_vocab || next.p < rule.p_min) {
             break;
         }
-        drafts.push_back(next.token);
-        if (n_steps == depth || !read_hidden(row)) {
+        chance *= accept_of(rule, n_steps - 1, next.klass);
+        drafts.tokens.push_back(next.token);
+        drafts.classes.push_back(next.klass);
+        if (n_steps == depth || chance < rule.go[n_steps] || !read_hidden(row)) {
             break;
         }
         if (!(this->*add_step_)(next.token, pos, n_steps) || !decode()) {
@@ -283,41 +296,44 @@ bool drafter::read_hidden(int32_t row) {
 
 drafter::pick drafter::pick_device(int32_t row) {
     stopwatch watch(ns);
-    return { api_.get_sampled_token_ith(params_.draft, row), 1.0f };
+    return { api_.get_sampled_token_ith(params_.draft, row), 1.0f, 0 };
 }
 
 drafter::pick drafter::pick_host(int32_t row) {
-    const float * logits = nullptr;
-    {
-        stopwatch watch(ns);
-        logits = api_.get_logits_ith(params_.draft, row);
-    }
+    stopwatch     watch(ns);
+    const float * logits = api_.get_logits_ith(params_.draft, row);
     if (logits == nullptr) {
-        return { -1, 0.0f };
+        return { -1, 0.0f, 0 };
     }
-    // The ten best by insertion: one comparison for almost every entry.
+    // The ten best by insertion. Most blocks hold none of them and take one look.
     float   best[n_top];
     int32_t best_token = -1;
     int     n          = 0;
-    for (int32_t i = 0; i < params_.n_vocab; ++i) {
-        const float x = logits[i];
-        if (n == n_top && !(x > best[n_top - 1])) {
+    for (int32_t start = 0; start < params_.n_vocab; start += n_block) {
+        const int32_t end = std::min(start + n_block, params_.n_vocab);
+        if (n == n_top && !any_above(logits + start, end - start, best[n_top - 1])) {
             continue;
         }
-        int k = n < n_top ? n++ : n_top - 1;
-        for (; k > 0 && x > best[k - 1]; --k) {
-            best[k] = best[k - 1];
-        }
-        best[k] = x;
-        if (k == 0) {
-            best_token = i;
+        for (int32_t i = start; i < end; ++i) {
+            const float x = logits[i];
+            if (n == n_top && !(x > best[n_top - 1])) {
+                continue;
+            }
+            int k = n < n_top ? n++ : n_top - 1;
+            for (; k > 0 && x > best[k - 1]; --k) {
+                best[k] = best[k - 1];
+            }
+            best[k] = x;
+            if (k == 0) {
+                best_token = i;
+            }
         }
     }
     float sum = 0.0f;
     for (int k = 0; k < n; ++k) {
         sum += std::exp(best[k] - best[0]);
     }
-    return { best_token, 1.0f / sum };
+    return { best_token, 1.0f / sum, class_of(1.0f / sum) };
 }
 
 }  // namespace mtp

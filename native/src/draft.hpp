@@ -2,6 +2,7 @@
 #pragma once
 
 #include "capture.hpp"
+#include "rule.hpp"
 
 #include <algorithm>
 #include <memory>
@@ -41,9 +42,10 @@ class drafter {
     // unless the architecture allows the gap.
     void capture(const int32_t * tokens, const float * rows, int32_t n, int32_t pos);
 
-    // Proposes up to depth tokens after `last` at position pos: the waiting rows and the first step go in one decode.
-    // A failed decode proposes nothing and empties the draft memory; the target is not concerned.
-    std::vector<int32_t> draft(int32_t last, int32_t pos, int32_t depth, float p_min);
+    // Proposes up to `depth` tokens after `last` at position pos, fewer where the rule says so: the waiting rows and the
+    // first step go in one decode. A failed decode proposes nothing and empties the draft memory; the target is not
+    // concerned.
+    picks draft(int32_t last, int32_t pos, int32_t depth, const mtp_rule & rule);
 
     // Forgets positions from pos on.
     void cut(int32_t pos) { queue_.cut(pos); }
@@ -70,7 +72,7 @@ class drafter {
 
     int64_t n_decodes  = 0;
     int64_t n_restarts = 0;
-    int64_t ns         = 0;
+    int64_t ns         = 0;  // decodes, their waits, and the picks
 
   private:
     static constexpr int max_failures = 3;  // then the draft context is left alone for good
@@ -78,6 +80,7 @@ class drafter {
     struct pick {
         int32_t token;
         float   p;
+        uint8_t klass;
     };
 
     bool chained() const { return params_.drafting == MTP_DRAFTING_CHAINED; }

@@ -20,6 +20,7 @@ const mtp_session_params & checked(const mtp_session_params & p) {
     require(p.target != nullptr, "the target context is missing");
     require(p.n_vocab > 0 && p.n_ctx > 0 && p.n_batch > 0 && p.n_ubatch > 0, "sizes must be positive");
     require(p.n_draft_max >= 0 && p.n_draft_max < p.n_batch, "1 + n_draft_max rows must fit n_batch");
+    require(p.n_draft_max <= MTP_MAX_DEPTH, "n_draft_max must not exceed MTP_MAX_DEPTH");
     require(p.prefill_window >= 0, "prefill_window must not be negative; 0 reads everything");
     require(p.draft == nullptr || p.n_embd > 0, "a draft context needs the width of a hidden row");
     require(p.rollback >= MTP_ROLLBACK_ATTENTION && p.rollback <= MTP_ROLLBACK_CHECKPOINT, "unknown rollback kind");
@@ -187,28 +188,29 @@ void mtp_session::begin_round(int32_t pos) {
     }
 }
 
-std::vector<int32_t> mtp_session::draft(int32_t last, int32_t pos, int32_t depth, float p_min) {
+mtp::picks mtp_session::draft(int32_t last, int32_t pos, const mtp_rule & rule) {
     require(drafter != nullptr, "this session has no draft context; pass drafts to verify");
     require(last >= 0 && last < params.n_vocab, "the last token is outside the vocabulary");
-    require(depth >= 0, "depth must not be negative");
+    require(rule.depth >= 0 && rule.depth <= MTP_MAX_DEPTH, "depth must be 0 to MTP_MAX_DEPTH");
     begin_round(pos);
     const int64_t before = drafter->ns;
     const int32_t limit  = target.replays_only() ? 0 : target.depth_limit(pos);
-    auto          drafts = drafter->draft(last, pos, std::min(depth, limit), p_min);
+    auto          drafts = drafter->draft(last, pos, std::min(rule.depth, limit), rule);
     round_draft_ns_      = drafter->ns - before;
     return drafts;
 }
 
-void mtp_session::verify(int32_t last, int32_t pos, const int32_t * tokens, int32_t n) {
+void mtp_session::verify(int32_t last, int32_t pos, const int32_t * tokens, int32_t n, int32_t n_picks) {
     require(last >= 0 && last < params.n_vocab, "the last token is outside the vocabulary");
-    require(n >= 0 && (tokens != nullptr || n == 0), "verify needs the draft tokens");
-    require(std::all_of(tokens, tokens + n, [&](int32_t t) { return t >= 0 && t < params.n_vocab; }),
+    require(n >= 0 && n <= n_picks && (tokens != nullptr || n_picks == 0), "verify needs the draft tokens");
+    require(std::all_of(tokens, tokens + n_picks, [&](int32_t t) { return t >= 0 && t < params.n_vocab; }),
             "a draft token is outside the vocabulary");
     require(n <= target.depth_limit(pos), "more drafts than this round can carry");
     begin_round(pos);
+    round_picks_ = {};
     const int64_t before   = target.ns;
     const int64_t replayed = target.n_replayed;
-    target.verify(last, pos, tokens, n);
+    target.verify(last, pos, tokens, n, n < n_picks ? tokens[n] : -1);
     round_target_ns_ = target.ns - before;
     round_replayed_  = static_cast<int32_t>(target.n_replayed - replayed);
     hand_over(target.row_tokens().data(), 1 + target.drafted(), pos);
@@ -225,22 +227,25 @@ void mtp_session::sample(void * sampler, mtp_step & step) {
     step.target_ns  = round_target_ns_;
     step.draft_ns   = round_draft_ns_;
     step.n_replayed = round_replayed_;
+    step.spare      = target.spare();
+    step.n_picks    = round_picks_.size();
+    std::copy(round_picks_.classes.begin(), round_picks_.classes.end(), step.classes);
 }
 
-void mtp_session::next(void * sampler, int32_t last, int32_t pos, int32_t depth, float p_min, mtp_step & step) {
+void mtp_session::next(void * sampler, int32_t last, int32_t pos, const mtp_rule * rule, mtp_step & step) {
     require(sampler != nullptr, "the sampler chain is missing");
-    require(depth >= 0, "depth must not be negative");
+    require(rule == nullptr || rule->depth >= 0, "depth must not be negative");
     const bool new_round = target.rows_left() == 0;
     if (new_round) {
         round_draft_ns_ = 0;
-        std::vector<int32_t> drafts;
-        if (drafter && depth > 0) {
-            drafts = draft(last, pos, depth, p_min);
-            if (static_cast<int32_t>(drafts.size()) < params.n_draft_min) {
-                drafts.clear();
-            }
+        mtp::picks drafts;
+        int32_t    n = 0;
+        if (drafter && rule != nullptr && rule->depth > 0) {
+            drafts = draft(last, pos, *rule);
+            n      = mtp::verified(*rule, drafts);
         }
-        verify(last, pos, drafts.data(), static_cast<int32_t>(drafts.size()));
+        verify(last, pos, drafts.tokens.data(), n < params.n_draft_min ? 0 : n, drafts.size());
+        round_picks_ = std::move(drafts);
     } else {
         require(pos == target.row_pos(), "the token's position is not that of the next verify row");
     }
@@ -361,11 +366,10 @@ int mtp_capture(mtp_session * session, const int32_t * tokens, int32_t n, int32_
     return enter(session, [&](mtp_session & s) { s.capture(tokens, n, pos); });
 }
 
-int mtp_next(mtp_session * session, void * sampler, int32_t last, int32_t pos, int32_t depth, float p_min,
-             mtp_step * step) {
+int mtp_next(mtp_session * session, void * sampler, int32_t last, int32_t pos, const mtp_rule * rule, mtp_step * step) {
     return enter(session, [&](mtp_session & s) {
         require(step != nullptr, "step is NULL");
-        s.next(sampler, last, pos, depth, p_min, *step);
+        s.next(sampler, last, pos, rule, *step);
     });
 }
 
@@ -373,14 +377,14 @@ int mtp_draft(mtp_session * session, int32_t last, int32_t pos, int32_t depth, f
               int32_t * n_out) {
     return enter(session, [&](mtp_session & s) {
         require(tokens != nullptr && n_out != nullptr, "an output of mtp_draft is NULL");
-        const auto drafts = s.draft(last, pos, depth, p_min);
-        std::copy(drafts.begin(), drafts.end(), tokens);
-        *n_out = static_cast<int32_t>(drafts.size());
+        const auto drafts = s.draft(last, pos, mtp::constant_rule(depth, p_min));
+        std::copy(drafts.tokens.begin(), drafts.tokens.end(), tokens);
+        *n_out = drafts.size();
     });
 }
 
-int mtp_verify(mtp_session * session, int32_t last, int32_t pos, const int32_t * tokens, int32_t n) {
-    return enter(session, [&](mtp_session & s) { s.verify(last, pos, tokens, n); });
+int mtp_verify(mtp_session * session, int32_t last, int32_t pos, const int32_t * tokens, int32_t n, int32_t n_picks) {
+    return enter(session, [&](mtp_session & s) { s.verify(last, pos, tokens, n, n_picks); });
 }
 
 int mtp_replays_only(const mtp_session * session) {

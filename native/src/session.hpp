@@ -13,9 +13,9 @@ struct mtp_session {
     mtp_session(const mtp_host_api & api, const mtp_host_layout & layout, const mtp_session_params & params);
 
     void capture(const int32_t * tokens, int32_t n, int32_t pos);
-    void next(void * sampler, int32_t last, int32_t pos, int32_t depth, float p_min, mtp_step & step);
-    std::vector<int32_t> draft(int32_t last, int32_t pos, int32_t depth, float p_min);
-    void verify(int32_t last, int32_t pos, const int32_t * tokens, int32_t n);
+    void next(void * sampler, int32_t last, int32_t pos, const mtp_rule * rule, mtp_step & step);
+    mtp::picks draft(int32_t last, int32_t pos, const mtp_rule & rule);
+    void verify(int32_t last, int32_t pos, const int32_t * tokens, int32_t n, int32_t n_picks);
     void sample(void * sampler, mtp_step & step);
     void commit(int32_t n_rows);
     void settle();
@@ -48,4 +48,5 @@ struct mtp_session {
     int64_t round_target_ns_ = 0;
     int64_t round_draft_ns_  = 0;
     int32_t round_replayed_  = 0;
+    mtp::picks round_picks_;
 };

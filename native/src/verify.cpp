@@ -35,6 +35,7 @@ void verifier::close_round() {
     row_tokens_.clear();
     sampled_ = accepted_ = 0;
     rejected_            = false;
+    spare_ = spare_right_ = -1;
 }
 
 const float * verifier::hidden_rows() {
@@ -170,10 +171,11 @@ int32_t verifier::decode() {
     return code;
 }
 
-void verifier::verify(int32_t last, int32_t pos, const int32_t * drafts, int32_t n) {
+void verifier::verify(int32_t last, int32_t pos, const int32_t * drafts, int32_t n, int32_t spare) {
     live_row_ = -1;
     if (has_copies() && !make_ready(n > 0)) {
-        n = 0;
+        n     = 0;
+        spare = -1;
     }
     batch_.clear();
     for (const int32_t token : replay_) {
@@ -202,6 +204,8 @@ void verifier::verify(int32_t last, int32_t pos, const int32_t * drafts, int32_t
     row_tokens_.insert(row_tokens_.end(), drafts, drafts + n);
     sampled_ = accepted_ = 0;
     rejected_            = false;
+    spare_               = spare;
+    spare_right_         = -1;
     undo_                = undo_limit(1 + n);
 }
 
@@ -221,6 +225,8 @@ int32_t verifier::sample(void * sampler) {
     if (sampled_ < rows()) {
         rejected_ = token != row_tokens_[sampled_];
         accepted_ += rejected_ ? 0 : 1;
+    } else if (spare_ >= 0) {
+        spare_right_ = (chances_.empty() ? token == spare_ : heads(sampled_ - 1)) ? 1 : 0;
     }
     return token;
 }
@@ -236,16 +242,20 @@ int32_t verifier::toss(int32_t token) {
         return token;
     }
     const int32_t draft = row_tokens_[sampled_ + 1];
+    if (heads(sampled_)) {
+        return draft;
+    }
+    return token != draft ? token : (token + 1) % params_.n_vocab;
+}
+
+bool verifier::heads(int32_t position) {
     coin_ += 0x9e3779b97f4a7c15u;  // splitmix64
     uint64_t x   = coin_;
     x            = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
     x            = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
     x            = x ^ (x >> 31);
     const float side = static_cast<float>(x >> 40) / static_cast<float>(1 << 24);  // in [0, 1)
-    if (side < chances_[std::min<size_t>(sampled_, chances_.size() - 1)]) {
-        return draft;
-    }
-    return token != draft ? token : (token + 1) % params_.n_vocab;
+    return side < chances_[std::min<size_t>(position, chances_.size() - 1)];
 }
 
 void verifier::commit(int32_t n) {

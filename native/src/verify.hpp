@@ -58,8 +58,9 @@ class verifier {
     bool replays_only() const;
 
     // Decodes [last, drafts...] from pos, every row an output. Needs a settled target that ends at pos. The drafts are
-    // left out where their rollback needs a copy and the host makes none.
-    void verify(int32_t last, int32_t pos, const int32_t * drafts, int32_t n);
+    // left out where their rollback needs a copy and the host makes none. `spare` is a draft that is not verified, to
+    // stand after them, or -1: where they are all right the last sample says whether it would have been.
+    void verify(int32_t last, int32_t pos, const int32_t * drafts, int32_t n, int32_t spare);
 
     // Samples the next row with the caller's chain: exactly one step of the chain.
     int32_t sample(void * sampler);
@@ -74,6 +75,7 @@ class verifier {
     int32_t drafted() const { return in_round() ? rows() - 1 : 0; }
     int32_t accepted() const { return accepted_; }
     int32_t sampled() const { return sampled_; }
+    int32_t spare() const { return spare_right_; }
     int32_t host_end() const { return api_.memory_seq_pos_max(memory_, 0) + 1; }
 
     // Hidden rows of the last decode from `last` on, n_embd floats each; NULL when the host has none.
@@ -100,6 +102,7 @@ class verifier {
     void    load_copy();
     int32_t decode();
     int32_t toss(int32_t token);
+    bool    heads(int32_t position);
 
     const host_api &         api_;
     const mtp_session_params params_;
@@ -113,6 +116,8 @@ class verifier {
     int32_t                  first_row_ = 0;  // batch row of `last`: rows before it are replayed
     int32_t                  live_row_  = -1;
     bool                     rejected_  = false;
+    int32_t                  spare_       = -1;
+    int32_t                  spare_right_ = -1;
     const int32_t            replay_max_;
     state_copy               copy_;
     std::vector<int32_t>     replay_;         // tokens at [copy.end, base); empty without a copy

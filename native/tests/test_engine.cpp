@@ -2,7 +2,9 @@
 // of the host whose failure changes the text.
 
 #include "fake_host.hpp"
+#include "rule.hpp"
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -26,12 +28,20 @@ std::vector<int32_t> prompt_of(int32_t n, uint32_t seed = 1) {
     return prompt;
 }
 
+// The rule that drafts and verifies `depth` tokens; valid until the thread asks for the next one.
+const mtp_rule * rule_of(int32_t depth, float p_min) {
+    thread_local mtp_rule rule;
+    rule = mtp::constant_rule(depth, p_min);
+    return &rule;
+}
+
 // A generation in the way of the Python package: the text by position, one next() per token.
 struct generation {
     host &               h;
     mtp_session *        s;
     std::vector<int32_t> text;
     int32_t              depth;
+    const mtp_rule *     rule = nullptr;  // in place of a constant depth
     mtp_step             step{};
 
     generation(host & fake, mtp_session * session, const std::vector<int32_t> & prompt, int32_t n_draft, int32_t n)
@@ -44,7 +54,7 @@ struct generation {
 
     int try_next(float p_min = 0.0f) {
         const int32_t pos    = static_cast<int32_t>(text.size()) - 1;
-        const int     status = mtp_next(s, sampler, text.back(), pos, depth, p_min, &step);
+        const int     status = mtp_next(s, sampler, text.back(), pos, rule != nullptr ? rule : rule_of(depth, p_min), &step);
         if (status == MTP_OK) {
             text.push_back(step.token);
         }
@@ -233,7 +243,7 @@ void gaps_restart_the_draft_context_or_are_kept() {
         text.push_back(h.truth[30]);
         mtp_step step{};
         while (text.size() < 80) {
-            CHECK(mtp_next(s, sampler, text.back(), static_cast<int32_t>(text.size()) - 1, 3, 0, &step) == MTP_OK);
+            CHECK(mtp_next(s, sampler, text.back(), static_cast<int32_t>(text.size()) - 1, rule_of(3, 0), &step) == MTP_OK);
             text.push_back(step.token);
         }
         CHECK(std::equal(text.begin(), text.end(), h.truth.begin()));
@@ -295,7 +305,7 @@ void drafts_from_elsewhere_use_draft_verify_commit() {
                 drafts[i] = (drafts[i] + 1) % fake::n_vocab;
             }
             replays += mtp_replays_only(s);
-            CHECK(mtp_verify(s, text.back(), pos, drafts.data(), 3) == MTP_OK);
+            CHECK(mtp_verify(s, text.back(), pos, drafts.data(), 3, 3) == MTP_OK);
             CHECK(mtp_rows_left(s) == 4);
             CHECK(mtp_commit(s, 9) == MTP_INVALID);
             CHECK(mtp_commit(s, right + 1) == MTP_OK);
@@ -329,6 +339,86 @@ void short_drafts_are_dropped() {
     CHECK(c.n_drafted == 0 && c.n_draft_decodes > 0);
     CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0);
     mtp_session_close(s, 1);
+}
+
+// What the rule says in words, tried for every number of drafts.
+void a_rule_verifies_what_pays_most() {
+    std::mt19937 rng(7);
+    std::uniform_real_distribution<float> chance(0.0f, 1.0f);
+    for (int trial = 0; trial < 2000; ++trial) {
+        mtp_rule   rule = mtp::constant_rule(6, 0);
+        mtp::picks drafts;
+        for (float & a : rule.accept) {
+            a = chance(rng);
+        }
+        for (int32_t k = 0; k < 6; ++k) {
+            rule.price[k + 1] = 2 * chance(rng);
+            drafts.tokens.push_back(k);
+            drafts.classes.push_back(static_cast<uint8_t>(rng() % MTP_CLASSES));
+        }
+        const auto value = [&](int32_t m) {
+            float right = 1.0f, sum = 0.0f;
+            for (int32_t k = 0; k < m; ++k) {
+                right *= rule.accept[k * MTP_CLASSES + drafts.classes[k]];
+                sum += right;
+            }
+            return sum - rule.price[m];
+        };
+        const int32_t m = mtp::verified(rule, drafts);
+        for (int32_t other = 0; other <= 6; ++other) {
+            CHECK(value(m) >= value(other));
+        }
+    }
+    CHECK(mtp::class_of(0.0f) == 0 && mtp::class_of(0.19f) == 0 && mtp::class_of(0.2f) == 1);
+    CHECK(mtp::class_of(0.9599f) == 6 && mtp::class_of(0.96f) == 7 && mtp::class_of(1.0f) == 7);
+}
+
+// Drafts that are only looked at cost a draft step and no row, and every one of them gets a verdict.
+void a_look_has_a_verdict_and_no_row() {
+    for (const options & o : kinds()) {
+        host       h(o);
+        generation g(h, h.open(), prompt_of(5), 0, 120);
+        h.wrong.assign(200, false);
+        for (size_t i = 0; i < h.wrong.size(); i += 3) {
+            h.wrong[i] = true;
+        }
+        mtp_rule look = mtp::constant_rule(1, 0);
+        look.price[1] = INFINITY;
+        g.rule        = &look;
+        while (g.text.size() < 100) {
+            const int32_t pos = static_cast<int32_t>(g.text.size());
+            g.run(pos + 1);
+            CHECK(g.step.n_drafted == 0 && g.step.n_picks == 1 && g.step.n_sampled == 1);
+            CHECK(g.step.spare == (h.wrong[pos] ? 0 : 1));
+        }
+        mtp_counters c{};
+        mtp_session_counters(g.s, &c);
+        CHECK(c.n_draft_decodes == o.n_heads * c.n_target_decodes && c.n_drafted == 0);  // a chain reads all rows
+        mtp_session_close(g.s, 1);
+    }
+}
+
+void a_rule_stops_where_going_on_does_not_pay() {
+    for (const options & o : kinds()) {
+        host       h(o);
+        generation g(h, h.open(), prompt_of(5), 0, 120);
+        mtp_rule   rule = mtp::constant_rule(4, 0);
+        std::fill(std::begin(rule.accept), std::end(rule.accept), 0.5f);
+        rule.go[1] = 0.5f;   // one right in two is reached here ...
+        rule.go[2] = 0.26f;  // ... and one in four is not
+        g.rule     = &rule;
+        g.run(50);
+        mtp_counters c{};
+        mtp_session_counters(g.s, &c);
+        CHECK(g.step.n_picks == 2 && g.step.n_drafted == 2);
+        CHECK(c.n_draft_decodes == std::max(2, o.n_heads) * c.n_target_decodes);
+        rule.price[2] = 1.0f;  // the second brings a quarter
+        g.run(80);
+        CHECK(g.step.n_picks == 2 && g.step.n_drafted == 1);
+        g.run(static_cast<int32_t>(g.text.size()) + g.step.rows_left);
+        CHECK(g.step.spare == 1);  // all drafts of the fake are right
+        mtp_session_close(g.s, 1);
+    }
 }
 
 // Every function of the host fails once, at every place of a generation, by its own sign and by an exception.
@@ -413,10 +503,10 @@ void a_failed_first_decode_can_be_cleared() {
         h.lenient            = true;
         mtp_step step{};
         h.fail_in["compute target"] = 1;
-        CHECK(mtp_next(s, sampler, prompt[0], 0, 3, 0, &step) == MTP_HOST);
+        CHECK(mtp_next(s, sampler, prompt[0], 0, rule_of(3, 0), &step) == MTP_HOST);
         CHECK(mtp_truncate(s, 0) == MTP_OK);
         CHECK(h.target.end() == 0);
-        CHECK(mtp_next(s, sampler, prompt[0], 0, 3, 0, &step) == MTP_OK);
+        CHECK(mtp_next(s, sampler, prompt[0], 0, rule_of(3, 0), &step) == MTP_OK);
         CHECK(step.token == h.truth[1]);
         mtp_session_close(s, 1);
     }
@@ -438,7 +528,7 @@ void a_failed_decode_promises_no_rollback() {
                 if (mtp_can_truncate(s, to) == 1) {
                     CHECK(mtp_truncate(s, to) == MTP_OK);
                     CHECK(h.target.end() == to && !h.target.poisoned);
-                    CHECK(mtp_next(s, sampler, h.truth[to], to, 3, 0, &g.step) == MTP_OK);
+                    CHECK(mtp_next(s, sampler, h.truth[to], to, rule_of(3, 0), &g.step) == MTP_OK);
                     const std::vector<int32_t> kept(h.truth.begin(), h.truth.begin() + to + 1);
                     CHECK(g.step.token == host::plain_text(kept, to + 2).back());
                 } else {
@@ -462,8 +552,8 @@ void a_refusal_in_a_round_keeps_the_round() {
         const int32_t              end = mtp_n_past(s);
         const std::vector<int32_t> many(9, 1);
         mtp_step                   step{};
-        CHECK(mtp_verify(s, 1, end, many.data(), 9) == MTP_INVALID);
-        CHECK(mtp_next(s, sampler, 1, end + 1, 3, 0, &step) == MTP_INVALID);
+        CHECK(mtp_verify(s, 1, end, many.data(), 9, 9) == MTP_INVALID);
+        CHECK(mtp_next(s, sampler, 1, end + 1, rule_of(3, 0), &step) == MTP_INVALID);
         CHECK(mtp_truncate(s, end + 1) == MTP_INVALID);
         h.fail_in["seq_rm target"] = 1;
         CHECK(mtp_truncate(s, end) == MTP_ROLLBACK);
@@ -487,7 +577,7 @@ void going_back_in_a_round_is_one_removal() {
     g.text.resize(g.text.size() - 1);  // take the last token back: its row is 1 of 4
     const int32_t pos = static_cast<int32_t>(g.text.size()) - 1;
     CHECK(mtp_can_truncate(s, pos) == 1);
-    CHECK(mtp_verify(s, g.text.back(), pos, nullptr, 0) == MTP_OK);
+    CHECK(mtp_verify(s, g.text.back(), pos, nullptr, 0, 0) == MTP_OK);
     CHECK(h.target.n_seq_rm == 1 && !h.target.poisoned);
     mtp_session_close(s, 1);
 }
@@ -594,20 +684,20 @@ void bad_arguments_are_refused_and_change_nothing() {
     const int32_t end = mtp_n_past(s);
     mtp_step      step{};
     int32_t       token = 1, n = 0;
-    CHECK(mtp_next(s, nullptr, 1, end, 3, 0, &step) == MTP_INVALID);
-    CHECK(mtp_next(s, sampler, 1, end, 3, 0, nullptr) == MTP_INVALID);
-    CHECK(mtp_next(s, sampler, 1, end, -1, 0, &step) == MTP_INVALID);
-    CHECK(mtp_next(s, sampler, 1, end + 5, 3, 0, &step) == MTP_INVALID);
+    CHECK(mtp_next(s, nullptr, 1, end, rule_of(3, 0), &step) == MTP_INVALID);
+    CHECK(mtp_next(s, sampler, 1, end, rule_of(3, 0), nullptr) == MTP_INVALID);
+    CHECK(mtp_next(s, sampler, 1, end, rule_of(-1, 0), &step) == MTP_INVALID);
+    CHECK(mtp_next(s, sampler, 1, end + 5, rule_of(3, 0), &step) == MTP_INVALID);
     CHECK(mtp_settle(s) == MTP_OK);
-    CHECK(mtp_next(s, sampler, -1, end, 3, 0, &step) == MTP_INVALID);
-    CHECK(mtp_next(s, sampler, fake::n_vocab, end, 3, 0, &step) == MTP_INVALID);
+    CHECK(mtp_next(s, sampler, -1, end, rule_of(3, 0), &step) == MTP_INVALID);
+    CHECK(mtp_next(s, sampler, fake::n_vocab, end, rule_of(3, 0), &step) == MTP_INVALID);
     CHECK(mtp_draft(s, 1, end, 3, 0, nullptr, &n) == MTP_INVALID);
     CHECK(mtp_draft(s, 1, end, 3, 0, &token, nullptr) == MTP_INVALID);
-    CHECK(mtp_verify(s, 1, end, nullptr, 1) == MTP_INVALID);
+    CHECK(mtp_verify(s, 1, end, nullptr, 1, 1) == MTP_INVALID);
     token = fake::n_vocab;
-    CHECK(mtp_verify(s, 1, end, &token, 1) == MTP_INVALID);
+    CHECK(mtp_verify(s, 1, end, &token, 1, 1) == MTP_INVALID);
     const std::vector<int32_t> many(9, 1);
-    CHECK(mtp_verify(s, 1, end, many.data(), 9) == MTP_INVALID);
+    CHECK(mtp_verify(s, 1, end, many.data(), 9, 9) == MTP_INVALID);
     CHECK(mtp_sample(s, sampler, &step) == MTP_INVALID);
     CHECK(mtp_sample(s, sampler, nullptr) == MTP_INVALID);
     CHECK(mtp_commit(s, 1) == MTP_INVALID);
@@ -643,7 +733,7 @@ void a_second_thread_is_told_to_wait() {
             mtp_step step{};
             n += mtp_settle(s) == MTP_BUSY ? 1 : 0;
             n += mtp_truncate(s, 0) == MTP_BUSY ? 1 : 0;
-            n += mtp_next(s, sampler, 1, 0, 3, 0, &step) == MTP_BUSY ? 1 : 0;
+            n += mtp_next(s, sampler, 1, 0, rule_of(3, 0), &step) == MTP_BUSY ? 1 : 0;
         }).join();
     };
     g.run(40);
@@ -660,7 +750,7 @@ void a_session_opened_late_drafts_at_once() {
     mtp_session * s = h.open();
     CHECK(mtp_n_past(s) == 12);
     mtp_step step{};
-    CHECK(mtp_next(s, sampler, h.truth[12], 12, 3, 0, &step) == MTP_OK);
+    CHECK(mtp_next(s, sampler, h.truth[12], 12, rule_of(3, 0), &step) == MTP_OK);
     CHECK(step.token == h.truth[13] && step.n_drafted == 3 && h.draft.start == 12);
     mtp_session_close(s, 1);
 }
@@ -1041,7 +1131,7 @@ void a_prefill_window_behind_a_gap() {
             text.push_back(h.truth[30]);
             mtp_step step{};
             while (text.size() < 80) {
-                CHECK(mtp_next(s, sampler, text.back(), static_cast<int32_t>(text.size()) - 1, 3, 0, &step) == MTP_OK);
+                CHECK(mtp_next(s, sampler, text.back(), static_cast<int32_t>(text.size()) - 1, rule_of(3, 0), &step) == MTP_OK);
                 text.push_back(step.token);
             }
             CHECK(std::equal(text.begin(), text.end(), h.truth.begin()));
@@ -1348,14 +1438,20 @@ void random_operations(uint32_t seed, int steps) {
                     const int32_t at = pick(n);
                     drafts[at]       = (drafts[at] + 1) % fake::n_vocab;
                 }
-                CHECK(mtp_verify(s, text.back(), pos, drafts.data(), n) == MTP_OK);
+                CHECK(mtp_verify(s, text.back(), pos, drafts.data(), n, n) == MTP_OK);
                 CHECK(mtp_sample(s, sampler, &step) == MTP_OK && step.n_drafted == n);
                 text.push_back(step.token);
                 break;
             }
             default: {
                 mtp_step step{};
-                CHECK(mtp_next(s, sampler, text.back(), pos, pick(o.n_draft_max + 2), pick(2) * 0.3f, &step) == MTP_OK);
+                mtp_rule rule = mtp::constant_rule(pick(o.n_draft_max + 2), pick(2) * 0.3f);
+                if (pick(2) != 0) {
+                    std::fill(std::begin(rule.accept), std::end(rule.accept), 0.7f);
+                    rule.go[1 + pick(3)]    = 0.6f;
+                    rule.price[1 + pick(3)] = 0.8f;
+                }
+                CHECK(mtp_next(s, sampler, text.back(), pos, &rule, &step) == MTP_OK);
                 text.push_back(step.token);
             }
         }
@@ -1397,6 +1493,9 @@ int main(int argc, char ** argv) {
     RUN(a_replaced_memory_drafts_again);
     RUN(drafts_from_elsewhere_use_draft_verify_commit);
     RUN(short_drafts_are_dropped);
+    RUN(a_rule_verifies_what_pays_most);
+    RUN(a_look_has_a_verdict_and_no_row);
+    RUN(a_rule_stops_where_going_on_does_not_pay);
     RUN(a_failing_host_never_changes_the_text);
     RUN(a_throwing_sampler_leaves_the_row);
     RUN(a_failed_first_decode_can_be_cleared);

@@ -1,33 +1,57 @@
-"""How deep to draft: measured costs and measured acceptance in, a depth out.
+"""How deep to draft: measured costs and measured acceptance in, a rule for the next round out.
 
 A decode of k rows costs whatever this machine, model and quantisation make it cost: two rows can be
 cheaper than one, three dearer than four. So nothing about the curve is assumed. The policy times
-every row count it uses, counts how often each draft position agrees, and takes the depth with the
-most expected tokens per expected nanosecond, depth 0 (plain decoding) included. What it does not
-use it tries again in short bursts, at intervals that double while they change nothing.
+every row count it uses, counts how often drafts of each confidence agree, and from both makes a
+:class:`Rule`: draft on while the chance that all drafts so far are right pays for the next step,
+then verify as many as pay for their rows. The engine follows the rule pick by pick.
+
+The price of time is a rate, tokens per nanosecond: a step is worth taking when the tokens it brings
+exceed what its time would bring elsewhere. At the best rate that any rule reaches, the rule that
+gains most per round is the one that reaches it (Dinkelbach, On Nonlinear Fractional Programming,
+1967).
+
+While drafting does not pay, a round is plain. From time to time a burst of rounds drafts one token
+without verifying it: the token that the target samples anyway is the verdict. That costs a draft
+step, not a row.
 
 Pure: no clock, no I/O, no randomness.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
-_ENTER = 1.03  # drafting must promise this much over plain decoding before it starts ...
-_LEAVE = 1.005  # ... and this much to go on: the gap keeps measurement noise from flapping
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+CLASSES = 8  # of confidence; the engine's MTP_CLASSES
+_CENTRES = (0.1, 0.27, 0.42, 0.57, 0.72, 0.85, 0.93, 0.98)  # of the classes' probabilities
+
+_ENTER = 0.015  # drafting must promise this many tokens a round over plain before it starts ...
+_LEAVE = 0.0  # ... and this many to go on: the gap keeps measurement noise from flapping
+_EVIDENCE = 64  # drafting rounds after which the rate they reached is held against plain decoding
 _COST_MEMORY = 24  # decodes that a cost estimate averages over
 _KEEP = 0.98  # forgetting of acceptance per verdict: about the last 50 count
-_PRIOR_HITS, _PRIOR_TRIES = 1.5, 2.0  # a new position is worth a try
-_OPTIMISM = 0.9  # an unmeasured row count is taken to cost this part of what its neighbours suggest
-_FIRST_WAIT = 32  # tokens to the first re-probe
-_LAST_WAIT = 1024  # most plain tokens between probes
-_LAST_CHECK = 256  # most drafting rounds between looks at the other depths
-_BURST = 4  # rounds of a probe ...
-_BURST_MOST = 12  # ... which goes on to this many while its outcome is open
-_DOUBT = 0.3  # relative error that one measurement may have
-_SETTLED = 64  # drafting rounds after which a return to drafting counts as a success
-_MAX_LOSS = 32  # a probe that costs one plain token waits for this many before the next
+_KEEP_WASTE = 0.999  # of what drafting wasted, per plain round: a reason to try again, in time
+_KEEP_RATE = 1 - 1 / 128  # of the rate, per round
+_PRIOR = 2.0  # verdicts that the first guess at an acceptance counts as
+_CAUTION = 0.9  # of a draft's own probability, as that first guess ...
+_HOPE = 0.75  # ... and where a draft has none
+_FIRST_SLOPE = 0.05  # of a plain decode: a guess at one more row, before any was timed
+_OPTIMISM = 0.9  # a row count between two timed ones is taken to cost this part of their line
+_STALE = 768  # rounds, for each row count, in which one that nobody tests looks half as dear ...
+_UNKNOWN = 96  # ... and where nobody ever has
+_REPLAN = 8  # rounds that a rule serves
+_FIRST_BURST = 4  # rounds that draft unverified at the start ...
+_BURST = 4  # ... and later
+_FIRST_GAP, _LAST_GAP = 16, 256  # plain tokens between bursts, doubled while nothing changes
+_LOOK = 0.005  # share of the time that bursts may take
+_PLAIN_AGE = 256  # rounds after which plain decoding is timed again, whatever it costs
+_GRID = np.linspace(0.0, 1.0, 17)  # chances that all drafts so far are right
 
 
 class _Cost:
@@ -60,10 +84,6 @@ class _Cost:
             step = -most
         self.ns = ns + step / (n - 1 if n < _COST_MEMORY else _COST_MEMORY)
 
-    def hopeful(self) -> float:
-        """What it may be instead, in ns: the fewer the measurements, the lower."""
-        return self.ns * (1.0 - _DOUBT / math.sqrt(self.n)) if self.n else 0.0
-
     def refresh(self) -> None:
         """Let the next few measurements weigh more than the old ones."""
         if self.n > 3:
@@ -71,25 +91,121 @@ class _Cost:
             self._a = self._b = self.ns
 
 
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """What one round does, pick by pick.
+
+    With P(k) the product of ``accept`` over the first k picks: pick k + 1 is drafted while
+    ``P(k) >= go[k]``, and those m drafts are verified that make
+    ``P(1) + ... + P(m) - price[m]`` largest, of equals the most.
+
+    Attributes:
+        depth: most drafts, 0 for a plain round.
+        accept: float32 ``[depth, CLASSES]``, chance that a pick is right when all before it are.
+        go: float32 ``[depth]``.
+        price: float32 ``[depth + 1]``, in tokens; infinite where so many are never verified.
+    """
+
+    depth: int
+    accept: Floats
+    go: Floats
+    price: Floats
+
+    def ask(self) -> int:
+        """How many drafts to ask of a drafter that has no confidence (class 0 throughout)."""
+        chance = 1.0
+        for k in range(self.depth):
+            if chance < self.go[k]:
+                return k
+            chance *= float(self.accept[k, 0])
+        return self.depth
+
+    def keep(self, classes: Sequence[int]) -> int:
+        """How many of the picks to verify, by their classes."""
+        best, value, chance, total = 0, 0.0, 1.0, 0.0
+        for k, c in enumerate(classes):
+            chance *= float(self.accept[k, c])
+            total += chance
+            if total - self.price[k + 1] >= value:
+                best, value = k + 1, total - float(self.price[k + 1])
+        return best
+
+
+def constant(depth: int) -> Rule:
+    """Draft and verify ``depth`` tokens, whatever they promise."""
+    return _rule(depth)
+
+
+def _rule(
+    depth: int,
+    accept: npt.ArrayLike = 1.0,
+    go: npt.ArrayLike = 0.0,
+    price: npt.ArrayLike = 0.0,
+) -> Rule:
+    def floats(x: npt.ArrayLike, *shape: int) -> Floats:
+        return np.ascontiguousarray(np.broadcast_to(x, shape), dtype=np.float32)
+
+    return Rule(depth, floats(accept, depth, CLASSES), floats(go, depth), floats(price, depth + 1))
+
+
+_PLAIN = _rule(0)
+_LOOK_ONLY = _rule(1, price=[0.0, np.inf])
+
+
+class _Regime:
+    """What drafts are worth under one way of sampling, and whether they are being made."""
+
+    __slots__ = (
+        "burst", "burst_ns", "confirmed", "drafting", "gap", "hits", "looks", "ns", "position",
+        "predicted", "shares", "spell", "tokens", "tries", "wait",
+    )  # fmt: skip
+
+    def __init__(self, depth: int, *, confident: bool, like: _Regime | None = None) -> None:
+        first = _CAUTION * np.asarray(_CENTRES) if confident else np.full(CLASSES, _HOPE)
+        self.hits = _PRIOR * first
+        self.tries = np.full(CLASSES, _PRIOR)
+        self.position = np.ones(depth)  # verdicts by position, and ...
+        self.predicted = np.ones(depth)  # ... what the classes alone made expect
+        self.shares = np.zeros((2, CLASSES))  # of the classes: first picks, later ones
+        self.drafting = False
+        self.confirmed = False  # that drafting does not pay
+        self.spell = 0  # rounds since drafting began
+        self.tokens = self.ns = 0.0  # recent, of drafting rounds
+        self.gap, self.wait = _FIRST_GAP, 0.0  # tokens between bursts, and to the next
+        self.burst, self.burst_ns, self.looks = _FIRST_BURST, 0.0, 0
+        if like is not None:  # another temperature: a guess, soon outvoted
+            weight = np.minimum(1.0, 2 * _PRIOR / like.tries)
+            self.hits, self.tries = like.hits * weight, like.tries * weight
+            self.position, self.predicted = like.position.copy(), like.predicted.copy()
+            self.shares = like.shares * min(1.0, 8.0 / max(like.shares.max(), 1.0))
+
+
 class DepthPolicy:
-    """Chooses how many tokens the next round drafts.
+    """Makes the rule for each round.
 
     Call :meth:`choose` before a round and :meth:`observe` once it has settled. ``depth_max`` is the
     bound the session was built for; the property of the same name can be lowered and raised again
-    up to it. Drafts shorter than ``depth_min`` are not worth verifying: the choice is 0 or at least
-    ``depth_min``. With ``adaptive=False`` the choice is always ``depth_max``.
+    up to it. Drafts shorter than ``depth_min`` are not worth verifying. With ``adaptive=False``
+    every round drafts and verifies ``depth_max``. ``confident`` says whether picks have classes by
+    their probability, or are all of class 0.
 
     Raises ValueError unless ``0 <= depth_min <= depth_max``.
     """
 
     __slots__ = (
-        "_accept", "_adaptive", "_best", "_burst_accepted", "_burst_left", "_burst_loss", "_check",
-        "_confirmed", "_depth_bound", "_depth_max", "_depth_min", "_draft", "_hits", "_made",
-        "_plan", "_probed", "_resumed", "_round", "_spell", "_target", "_tries", "_turn", "_wait",
-        "_wait_plain", "_wasted",
+        "_adaptive", "_clock", "_confident", "_constant", "_depth_bound", "_depth_max",
+        "_depth_min", "_draft", "_due", "_made", "_measured", "_regime", "_regimes", "_resumed",
+        "_rule", "_target", "_wasted",
     )  # fmt: skip
 
-    def __init__(self, depth_max: int, depth_min: int = 0, *, adaptive: bool = True) -> None:
+    def __init__(
+        self,
+        depth_max: int,
+        depth_min: int = 0,
+        *,
+        adaptive: bool = True,
+        confident: bool = False,
+    ) -> None:
         if not 0 <= depth_min <= depth_max:
             raise ValueError(
                 f"need 0 <= depth_min <= depth_max, got depth_min={depth_min} and "
@@ -98,28 +214,19 @@ class DepthPolicy:
         self._depth_bound = self._depth_max = depth_max
         self._depth_min = max(depth_min, 1)
         self._adaptive = adaptive
+        self._constant = constant(depth_max if depth_max >= self._depth_min else 0)
         self._target = [_Cost() for _ in range(depth_max + 1)]  # [d]: a target decode of d + 1 rows
+        self._measured = [0] * (depth_max + 1)  # [d]: the round in which it was last timed
         self._draft = [_Cost() for _ in range(depth_max + 1)]  # [d]: drafting d tokens
-        self._draft[0].n = _COST_MEMORY  # drafting nothing costs nothing; never measured
-        self._round = [0.0] * (depth_max + 1)  # [d]: expected ns of a round at depth d
-        self._hits = [_PRIOR_HITS] * depth_max
-        self._tries = [_PRIOR_TRIES] * depth_max
-        self._accept = [_PRIOR_HITS / _PRIOR_TRIES] * depth_max
         self._wasted = 0.0  # recent ns in which the drafter found nothing, or left rows to replay
-        self._made = 1.0  # recent rounds in which it did
-        self._best = depth_max
-        self._plan: list[int] = self._calibration()  # depths still to be tried, last one first
-        self._wait: float = 1.0  # rounds (tokens at depth 0) until the next burst
-        self._wait_plain: float = _FIRST_WAIT  # the same when next at depth 0
-        self._check = _FIRST_WAIT  # the same while drafting
-        self._spell = 0  # rounds since drafting was (re)started
-        self._turn = 0  # bursts so far: while drafting, every third looks at plain decoding
-        self._burst_accepted = 0
-        self._burst_loss = 0.0
-        self._burst_left = 0  # rounds by which the burst may grow
-        self._probed = (0, 0)  # depths of the latest two bursts that drafted
-        self._resumed = False  # the previous round was plain: the next draft also catches up
-        self._confirmed = False
+        self._made = 1.0  # recent rounds that verified drafts
+        self._clock = 0  # rounds so far
+        self._due = 0  # rounds until the rule is made anew
+        self._resumed = True  # no draft was made in the previous round: the next also catches up
+        self._confident = confident
+        self._regime = _Regime(depth_max, confident=confident)
+        self._regimes: dict[Hashable, _Regime] = {None: self._regime}
+        self._rule = _PLAIN  # plain decoding is timed first
 
     # ---- settings
 
@@ -138,11 +245,11 @@ class DepthPolicy:
         if depth == self._depth_max:
             return
         self._depth_max = depth
-        self._confirmed = False
-        self._plan = self._calibration()
-        self._burst_accepted, self._burst_loss, self._burst_left = 0, 0.0, 0
-        self._wait, self._wait_plain, self._check = 1.0, _FIRST_WAIT, _FIRST_WAIT
-        self._best = depth if depth >= self._depth_min else 0
+        self._constant = constant(depth if depth >= self._depth_min else 0)
+        for regime in self._regimes.values():
+            regime.drafting = regime.confirmed = False
+            regime.gap, regime.burst, regime.burst_ns = _FIRST_GAP, _FIRST_BURST, 0.0
+        self._plan()
 
     @property
     def adaptive(self) -> bool:
@@ -151,77 +258,87 @@ class DepthPolicy:
 
     @property
     def dropped(self) -> bool:
-        """True while depth is 0 because drafting does not pay, confirmed by a second try."""
-        return self._confirmed
+        """True while depth is 0 because drafting does not pay, confirmed by a second look."""
+        return self._regime.confirmed
 
     @property
     def best(self) -> int:
-        """The depth that pays most by what was measured so far; 0 is plain decoding."""
-        return self._best if self._adaptive else self._depth_max
+        """The constant depth that pays most by what was measured so far; 0 is plain decoding."""
+        if not self._adaptive:
+            return self._depth_max
+        return self._best_constant()[0] if self._regime.drafting else 0
 
     # ---- before and after a round
 
-    def choose(self, limit: int | None = None) -> int:
-        """Return how many tokens to draft now: 0, or ``depth_min`` to ``depth_max``.
+    def begin(self, sampling: Hashable) -> None:
+        """A generation begins: acceptance is counted apart for each way of ``sampling``.
 
-        ``limit`` is the most this round has room for (``None``: no limit).
+        What is not known of a new one is taken from the one before it. Costs are those of the
+        machine, whatever is sampled.
         """
-        if not self._adaptive:
-            depth = self._depth_max
-            if limit is not None and limit < depth:
-                depth = limit
-            return depth if depth >= self._depth_min else 0
-        depth = self._plan[-1] if self._plan else self._best
-        if limit is not None and limit < depth:
-            return self._pick(limit)
-        return depth
+        regime = self._regimes.pop(sampling, None)
+        if regime is None:
+            like = self._regime if self._clock else None
+            regime = _Regime(self._depth_bound, confident=self._confident, like=like)
+            if len(self._regimes) >= 16:
+                del self._regimes[next(iter(self._regimes))]  # the one unused for longest
+        self._regimes[sampling] = regime
+        if regime is not self._regime:
+            self._regime = regime
+            self._due = 0
+            if self._target[0].n:
+                self._plan()
+
+    def choose(self) -> Rule:
+        """Return the rule for the next round."""
+        return self._rule if self._adaptive else self._constant
 
     def observe(
         self,
-        rows: int,
-        target_ns: int,
         drafted: int,
+        target_ns: int,
+        classes: Sequence[int],
         draft_ns: int,
         sampled: int,
         accepted: int,
+        spare: bool | None = None,
     ) -> None:
         """Learn from a settled round.
 
-        ``rows`` were decoded by the target in ``target_ns``; ``drafted`` tokens were proposed in
-        ``draft_ns`` (catch-up included); the consumer asked for ``sampled`` verify rows, of which
-        the first ``accepted`` agreed with the draft. Drafts whose row was never asked for have no
-        verdict and change nothing.
+        ``classes`` are those of the picks, made in ``draft_ns`` (catch-up included); the first
+        ``drafted`` of them were verified in ``target_ns``. The consumer asked for ``sampled`` rows,
+        of which the first ``accepted`` agreed with the draft. ``spare`` says whether the pick after
+        those would have been right too, where that is known. Picks whose row was never asked for
+        have no verdict and change nothing.
         """
         if not self._adaptive:
             return
-        bound = self._depth_bound
+        self._clock += 1
         new = False  # a first measurement: guesses at other depths change with it
-        if 0 < rows <= bound + 1:
-            cost = self._target[rows - 1]
+        if drafted <= self._depth_bound:
+            cost = self._target[drafted]
             cost.add(target_ns if target_ns > 0 else 1)  # a coarse clock may say 0
-            new = cost.n <= 3
+            self._measured[drafted] = self._clock
+            new = cost.n <= 2
+        picks = len(classes)
         if drafted:
             self._made = self._made * _KEEP + 1.0
             self._wasted *= _KEEP
-            if drafted <= bound:
-                cost = self._draft[drafted]
+        else:
+            self._wasted *= _KEEP_WASTE
+        if picks:
+            if picks <= self._depth_bound:
                 # After plain rounds the draft catches up on their tokens: not the price of a draft.
-                if not self._resumed or cost.n < 3:
+                cost = self._draft[picks]
+                if not self._resumed or cost.n < 2:
                     cost.add(draft_ns)
-                    new = new or cost.n <= 3
-                self._learn(drafted, sampled, accepted)
+                    new = new or cost.n <= 2
+                self._learn(classes, drafted, sampled, accepted, spare)
             self._resumed = False
         else:
             self._wasted += draft_ns
             self._resumed = draft_ns <= 0
-        if new:
-            self._fill()
-        else:
-            if 0 < rows <= bound + 1:
-                self._round[rows - 1] = self._target[rows - 1].ns + self._draft[rows - 1].ns
-            if drafted != rows - 1 and drafted <= bound:
-                self._round[drafted] = self._target[drafted].ns + self._draft[drafted].ns
-        self._next(drafted, sampled, accepted)
+        self._advance(drafted, picks, target_ns + draft_ns, draft_ns, sampled, new)
 
     def observe_replay(self, ns: int) -> None:
         """Learn from a plain round that also decoded rows which an earlier draft left behind.
@@ -231,205 +348,247 @@ class DepthPolicy:
         plain = self._target[0]
         if self._adaptive and plain.n and ns > plain.ns:
             self._wasted += ns - plain.ns
+            self._regime.ns += ns - plain.ns
 
     def explain(self) -> str:
         """Say in one sentence what is chosen and on which numbers."""
         if not self._adaptive:
             return f"Depth is constant at {self._depth_max}."
-        if not self._round[0]:
-            return f"Nothing measured yet: starting at depth {self._depth_max}."
-        plain = self._round[0]
-        depth, _ = self._best_draft(self._depth_max, self._accept, self._round)
-        if not depth:
+        plain, regime = self._target[0].ns, self._regime
+        if not plain:
+            return "Nothing measured yet: the first round is plain."
+        depth, tokens, ns = self._best_constant()
+        if not depth or not regime.shares[0].any():
             return f"Depth 0: plain decoding takes {plain / 1e6:.2f} ms a token."
-        tokens = self._tokens(depth)
-        ns = self._round[depth] + self._waste()
-        rates = " ".join(f"{a:.2f}" for a in self._accept[:depth])
-        verdict = f"Depth {depth}" if self._best else "Depth 0, drafting does not pay"
-        return (
+        verdict = f"Depth {depth}" if regime.drafting else "Depth 0, drafting does not pay"
+        rates = " ".join(f"{a:.2f}" for a in self._mean_accept()[:depth])
+        text = (
             f"{verdict}: {depth} drafted give {tokens:.2f} tokens in {ns / 1e6:.2f} ms "
             f"(acceptance {rates}), {ns / tokens / 1e6:.2f} ms a token against "
-            f"{plain / 1e6:.2f} ms plain."
+            f"{plain / 1e6:.2f} ms plain"
         )
+        if regime.drafting and regime.tokens > 1.0:
+            text += f"; stopping by confidence, {regime.ns / regime.tokens / 1e6:.2f} ms a token"
+        return text + "."
 
     # ---- estimates
 
-    def _learn(self, drafted: int, sampled: int, accepted: int) -> None:
-        """Count verdicts per position; only rows that were asked for give one."""
-        hits, tries = self._hits, self._tries
-        for pos in range(sampled if sampled < drafted else drafted):
-            h = hits[pos] = hits[pos] * _KEEP + (pos < accepted)
-            n = tries[pos] = tries[pos] * _KEEP + 1.0
-            self._accept[pos] = h / n
+    def _learn(
+        self,
+        classes: Sequence[int],
+        drafted: int,
+        sampled: int,
+        accepted: int,
+        spare: bool | None,
+    ) -> None:
+        """Count verdicts by class and by position; only rows that were asked for give one."""
+        regime = self._regime
+        regime.shares *= _KEEP
+        for pos, c in enumerate(classes):
+            regime.shares[min(pos, 1), c] += 1.0
+        verdicts = [pos < accepted for pos in range(min(sampled, drafted))]
+        if spare is not None and len(verdicts) == drafted == accepted < len(classes):
+            verdicts.append(spare)
+        hits, tries = regime.hits, regime.tries
+        for pos, right in enumerate(verdicts):
+            c = classes[pos]
+            regime.predicted[pos] = regime.predicted[pos] * _KEEP + hits[c] / tries[c]
+            regime.position[pos] = regime.position[pos] * _KEEP + right
+            hits[c] = hits[c] * _KEEP + right
+            tries[c] = tries[c] * _KEEP + 1.0
 
-    def _fill(self) -> None:
-        """Set the cost of every depth, guessing unmeasured ones from their measured neighbours."""
-        targets = _guess(self._target)
-        drafts = _guess(self._draft)
-        self._round = [t + d for t, d in zip(targets, drafts, strict=True)]
+    def _accept(self) -> npt.NDArray[np.float64]:
+        """Chance that a pick is right, ``[depth_bound, CLASSES]``: of its class, by position."""
+        regime = self._regime
+        by_position = np.clip(regime.position / regime.predicted, 0.0, 4.0)
+        chance: npt.NDArray[np.float64] = np.clip(
+            by_position[:, None] * (regime.hits / regime.tries)[None, :], 0.0, 0.999
+        )
+        return chance
+
+    def _shares(self) -> npt.NDArray[np.float64]:
+        """How often a pick is of each class, ``[depth_bound, CLASSES]``."""
+        first, later = self._regime.shares
+        if not first.any():  # nobody has drafted yet
+            first = np.ones(CLASSES)
+        later = later + first * (2.0 / first.sum())
+        by_position = np.tile(later / later.sum(), (self._depth_bound, 1))
+        by_position[:1] = first / first.sum()
+        return by_position
+
+    def _mean_accept(self) -> list[float]:
+        return [float(x) for x in (self._accept() * self._shares()).sum(axis=1)]
 
     def _waste(self) -> float:
         """Ns of fruitless drafting and of replays for each round that does draft."""
         return self._wasted / self._made if self._wasted > 1.0 else 0.0
 
-    def _tokens(self, depth: int) -> float:
-        """Expected tokens of a round at ``depth``, correction or bonus included."""
-        total = agreed = 1.0
-        for a in self._accept[:depth]:
+    def _target_ns(self) -> npt.NDArray[np.float64]:
+        """What a decode of 1, 2, ... rows is taken to cost, in ns, replays included.
+
+        An estimate that nobody has tested for long sinks, so that it is tested where it comes
+        cheapest: in a round whose drafts are likely right.
+        """
+        costs = _guess(self._target, _FIRST_SLOPE * self._target[0].ns)
+        for d in range(1, len(costs)):
+            age = (self._clock - self._measured[d]) / (len(costs) - 1)
+            costs[d] *= 1.0 - 0.5 * min(1.0, age / (_STALE if self._target[d].n else _UNKNOWN))
+        costs[1:] += self._waste()
+        return costs
+
+    def _draft_ns(self) -> npt.NDArray[np.float64]:
+        """What drafting 0, 1, 2, ... tokens costs, in ns."""
+        first = self._draft[1].ns if len(self._draft) > 1 else 0.0
+        costs = _guess(self._draft, first)
+        costs[0] = 0.0
+        return np.maximum.accumulate(costs)
+
+    def _best_constant(self) -> tuple[int, float, float]:
+        """The constant depth with the most tokens per ns, its tokens and ns a round."""
+        target, draft = self._target_ns(), self._draft_ns()
+        best, tokens, agreed = (0, 1.0, float(target[0])), 1.0, 1.0
+        rate = 0.0
+        for depth, a in enumerate(self._mean_accept()[: self._depth_max], 1):
             agreed *= a
-            total += agreed
-        return total
-
-    def _rate(self, depth: int) -> float:
-        """Expected tokens per ns at ``depth``."""
-        waste = self._waste() if depth else 0.0
-        return self._tokens(depth) / (self._round[depth] + waste + 1.0)
-
-    def _best_draft(
-        self, top: int, accept: Sequence[float], costs: Sequence[float], skip: Sequence[int] = ()
-    ) -> tuple[int, float]:
-        """Return the best depth from ``depth_min`` to ``top`` and its tokens per ns, or 0, 0.0."""
-        low, waste = self._depth_min, self._waste()
-        best, best_rate, tokens, agreed = 0, 0.0, 1.0, 1.0
-        for depth in range(1, top + 1):
-            agreed *= accept[depth - 1]
             tokens += agreed
-            if depth >= low and depth not in skip:
-                rate = tokens / (costs[depth] + waste + 1.0)  # never zero
-                if rate > best_rate:
-                    best, best_rate = depth, rate
-        return best, best_rate
+            ns = float(target[depth] + draft[depth])
+            if depth >= self._depth_min and tokens > rate * ns:
+                best, rate = (depth, tokens, ns), tokens / max(ns, 1.0)
+        return best
 
-    def _pick(self, top: int) -> int:
-        """The depth up to ``top`` with the most tokens per ns, plain decoding favoured a little."""
-        if not self._round[0]:
-            return top if top >= self._depth_min else 0
-        depth, rate = self._best_draft(top, self._accept, self._round)
-        return depth if rate * self._round[0] > (_LEAVE if self._best else _ENTER) else 0
+    def _gains(
+        self, rate: float, target: npt.NDArray[np.float64], draft: npt.NDArray[np.float64]
+    ) -> tuple[float, Rule]:
+        """Tokens that the best rule gains per round over a plain one at ``rate``, and that rule.
 
-    def _hope(self, skip: Sequence[int]) -> tuple[int, float]:
-        """The best depth not in ``skip`` if what is little known turns out well."""
-        accept = [(h + 2.0) / (n + 2.0) for h, n in zip(self._hits, self._tries, strict=True)]
-        pairs = zip(self._target, self._draft, self._round, strict=True)
-        costs = [t.hopeful() + d.hopeful() if t.n > 1 and d.n > 1 else c for t, d, c in pairs]
-        return self._best_draft(self._depth_max, accept, costs, skip)
+        Backwards from the last pick, over the chance P that all picks before it are right.
+        """
+        n = self._depth_max
+        accept, shares = self._accept(), self._shares()
+        price = rate * (target[: n + 1] - target[0])
+        price[1 : self._depth_min] = np.inf
+        steps = rate * np.diff(draft[: n + 1])
+        rows = np.diff(np.where(np.isinf(price), 0.0, price))  # too few are made good by more
+        go = np.full(n, 2.0)
+        later = np.zeros(len(_GRID))  # gain of picks k + 1, k + 2, ... by P
+        for k in range(n - 1, -1, -1):
+            chance = _GRID[:, None] * accept[k][None, :]
+            after = np.interp(chance, _GRID, np.maximum(later, 0.0))
+            kept = np.maximum(chance - rows[k] + after, 0.0)
+            later = (kept * shares[k][None, :]).sum(axis=1) - steps[k]
+            pays = np.flatnonzero(later > 0.0)
+            if len(pays):
+                i = int(pays[0])
+                low, high = later[i - 1] if i else 0.0, later[i]
+                part = -low / (high - low) if i else 0.0
+                go[k] = _GRID[max(i - 1, 0)] + part * _GRID[1]
+        gain = float(later[-1]) if n else 0.0
+        go[:1] = 0.0  # whether to draft at all is asked once per plan, not once per round
+        return gain, _rule(n, accept[:n], go, price)
 
-    # ---- what to try next
+    # ---- what to do next
 
-    def _calibration(self) -> list[int]:
-        """Two tries each of plain decoding and of up to five depths, in the order of popping."""
-        top, low = self._depth_max, self._depth_min
-        if top < low:
-            return []
-        depths = {top, *(d for d in ((1, 2, 3, 4) if top < 6 else (1, 2, 3, 7)) if low <= d <= top)}
-        order = sorted(depths, reverse=True)
-        order.insert(1, 0)
-        return (order * 2)[::-1]
+    def _advance(
+        self, drafted: int, picks: int, ns: int, draft_ns: int, sampled: int, new: bool
+    ) -> None:
+        """Book a round with the regime, and make a new rule where one is due."""
+        regime = self._regime
+        self._due -= 1
+        if regime.drafting:
+            regime.spell += 1
+            regime.tokens = regime.tokens * _KEEP_RATE + sampled
+            usual = self._target[drafted].ns + self._draft[picks].ns
+            regime.ns = regime.ns * _KEEP_RATE + min(ns, 2.0 * usual)  # a spike is no trend
+        elif regime.burst:
+            if picks or draft_ns:  # the first of all rounds is plain
+                regime.burst -= 1
+                regime.burst_ns += draft_ns
+                self._due = 0
+            new = new or not regime.burst
+        else:
+            regime.wait -= sampled
+            if regime.wait <= 0:
+                regime.burst, regime.burst_ns = _BURST, 0.0
+                self._due = 0
+        if self._due <= 0 or new:
+            self._plan()
 
-    def _next(self, drafted: int, sampled: int, accepted: int) -> None:
-        """Advance a burst or the wait for one, and decide afresh between bursts."""
-        plan, was = self._plan, self._best
-        if plan:
-            plan.pop()
-            self._burst_accepted += accepted
-            if drafted <= self._depth_bound:
-                self._burst_loss += self._round[drafted] - sampled * self._round[0]
-            # Costly and fruitless from the first round on: that is answer enough.
-            if not was and not self._burst_accepted and self._burst_loss > 2 * self._round[0]:
-                plan.clear()
-            if plan:
+    def _plan(self) -> None:
+        """Decide whether to draft, and by which rule."""
+        self._due = _REPLAN
+        regime, top = self._regime, self._depth_max
+        if top < self._depth_min or not self._target[0].n:
+            self._rule = _PLAIN
+            return
+        if regime.burst:
+            self._rule = _LOOK_ONLY
+            return
+        if not regime.drafting and regime.wait > 0:
+            self._rule = _PLAIN
+            return
+        target, draft = self._target_ns(), self._draft_ns()
+        plain = max(float(target[0]), 1.0)
+        gain, rule = self._gains(1.0 / plain, target, draft)
+        if regime.drafting:
+            reached = regime.tokens / max(regime.ns, 1.0)
+            behind = regime.spell >= _EVIDENCE and reached * plain < 1.0
+            if gain < _LEAVE or behind:
+                self._leave()
+            elif self._clock - self._measured[0] > _PLAIN_AGE:
+                self._target[0].refresh()
+                self._rule, self._due = _PLAIN, 2
                 return
-            best = self._pick(self._depth_max)
-            if best == was and self._burst_left and (was or self._burst_accepted):
-                probed = self._probed[1]
-                others = [d for d in range(1, self._depth_max + 1) if d != probed]
-                hope, rate = self._hope(others)[1], self._rate(best)
-                if hope > rate:  # undecided: a little more of the same
-                    self._burst_left -= 2
-                    self._plan = [probed] * 2
-                    return
-            self._best = best
-            self._after_burst(was, best)
-            return
-        self._best = best = self._pick(self._depth_max)
-        if was and not best:  # acceptance or cost has moved: leave drafting
-            if self._spell >= _SETTLED:
-                self._wait_plain = _FIRST_WAIT
-            self._wait = self._wait_plain
-            self._check = _FIRST_WAIT
-            return
-        if best:
-            self._spell += 1
-            self._confirmed = False
-            self._wait -= 1
+        elif gain > _ENTER:
+            regime.drafting, regime.confirmed = True, False
+            regime.spell, regime.tokens, regime.ns = 0, 0.0, 0.0
         else:
-            self._wait -= sampled
-        if self._wait <= 0 and self._depth_max >= self._depth_min:
-            self._start_burst(best)
-
-    def _start_burst(self, best: int) -> None:
-        self._burst_accepted, self._burst_loss = 0, 0.0
-        if best and self._turn % 3 == 0:
-            self._turn += 1
-            self._target[0].refresh()
-            self._plan = [0, 0, 0]
-            self._burst_left = 0
+            self._stay_plain(plain)
+        if not regime.drafting:
+            self._rule = _PLAIN
             return
-        self._turn += 1
-        # Old verdicts on positions that are no longer tested should not outweigh the new ones.
-        tries, hits = self._tries, self._hits
-        for pos in range(best, self._depth_max):
-            hits[pos] = _PRIOR_HITS if best else _PRIOR_TRIES * hits[pos] / tries[pos]
-            tries[pos] = _PRIOR_TRIES
-        self._fill()
-        depth, rate = 0, 0.0
-        for skip in ((best, *self._probed), (best, self._probed[1]), (best,)):
-            if not depth:
-                depth, rate = self._hope(skip)
-        if not depth:
-            self._wait = _LAST_CHECK
-            return
-        if not best and rate * self._round[0] < 1.0:  # even hope does not pay: look, but rarely
-            self._wait_plain = _LAST_WAIT
-        self._probed = (self._probed[1], depth)
-        self._burst_left = _BURST_MOST - _BURST
-        self._target[depth].refresh()
-        self._draft[depth].refresh()
-        self._plan = [depth] * _BURST
+        if regime.spell >= _EVIDENCE:
+            rate = max(1.0 / plain, regime.tokens / max(regime.ns, 1.0))
+            rule = self._gains(rate, target, draft)[1]
+        self._rule = rule
 
-    def _after_burst(self, was: int, best: int) -> None:
-        if best:
-            self._confirmed = False
-            if not was:
-                self._spell = 0
-            self._check = min(self._check * 2, _LAST_CHECK) if best == was else _FIRST_WAIT
-            self._wait = self._check
-            return
-        if was:  # calibration, or a look at plain decoding, says that drafting does not pay
-            self._check = _FIRST_WAIT
-        else:
-            self._confirmed = True
-            due = _MAX_LOSS * self._burst_loss / (self._round[0] + 1.0)
-            self._wait_plain = min(max(2 * self._wait_plain, due), _LAST_WAIT)
-        self._wait = self._wait_plain
+    def _leave(self) -> None:
+        """Acceptance or cost has moved: drafting no longer pays."""
+        regime = self._regime
+        regime.drafting = False
+        regime.gap = _FIRST_GAP if regime.spell > 4 * _EVIDENCE else min(2 * regime.gap, _LAST_GAP)
+        regime.wait = regime.gap
+
+    def _stay_plain(self, plain: float) -> None:
+        """A look has found nothing: the next one waits longer, and for what this one has cost."""
+        regime = self._regime
+        regime.confirmed = regime.looks > 0
+        regime.looks += 1
+        regime.wait = max(regime.gap, regime.burst_ns / plain / _LOOK)
+        regime.gap = min(2 * regime.gap, _LAST_GAP)
 
 
-def _guess(costs: list[_Cost]) -> list[float]:
-    """Costs by index; what was measured less than twice, a little below its neighbours' line.
+def _guess(costs: list[_Cost], slope: float) -> npt.NDArray[np.float64]:
+    """Costs by index; between what was timed, a little below the line; beyond, by ``slope`` ns
+    a step, or half of what the last two that were timed differ by.
 
     A single measurement may be a spike, so it counts only where it is lower than the guess.
     """
     known = [i for i, c in enumerate(costs) if c.n > 1] or [i for i, c in enumerate(costs) if c.n]
-    if not known:
-        return [0.0] * len(costs)
-    out = []
+    out = np.zeros(len(costs))
     for i, c in enumerate(costs):
         if i in known:
-            out.append(c.ns)
+            out[i] = c.ns
             continue
-        left = max((k for k in known if k < i), default=known[0])
-        right = min((k for k in known if k > i), default=left)
-        part = (i - left) / (right - left) if right > left else 0.0
-        guess = _OPTIMISM * (costs[left].ns + part * (costs[right].ns - costs[left].ns))
-        out.append(min(guess, c.ns) if c.n else guess)
+        left = max((k for k in known if k < i), default=-1)
+        right = min((k for k in known if k > i), default=-1)
+        if left < 0:
+            guess = costs[right].ns if right >= 0 else 0.0
+        elif right < 0:
+            before = max((k for k in known if k < left), default=left)
+            steep = (costs[left].ns - costs[before].ns) / (2.0 * max(left - before, 1))
+            guess = costs[left].ns + (i - left) * max(slope, steep)
+        else:
+            part = (i - left) / (right - left)
+            guess = _OPTIMISM * (costs[left].ns + part * (costs[right].ns - costs[left].ns))
+        out[i] = min(guess, c.ns) if c.n else guess
     return out

@@ -153,6 +153,11 @@ def keeps_everything(context: Any) -> bool:
     return int(C.llama_memory_seq_pos_min(context.memory, 0)) <= 0
 
 
+def offloads(context: Any) -> bool:
+    """Whether layers of the context's model may be on a device other than the CPU."""
+    return bool(context.model.params.n_gpu_layers) and bool(C.llama_supports_gpu_offload())
+
+
 def architecture(llama: Any) -> str:
     """Return the model's architecture, by the name that GGUF files and saved states use."""
     name = ctypes.create_string_buffer(64)

@@ -328,7 +328,7 @@ class Llama(host.StockLlama):
                 self.reset()
             if prompt:
                 self._eval_prompt(prompt)
-            session.begin_generation(self._input_ids)
+            session.begin_generation(self._input_ids, round(options["temp"], 1))
             self._generation = mine = object()
             evaluated = self._input_ids.tolist()
         try:

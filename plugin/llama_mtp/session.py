@@ -10,7 +10,7 @@ import ctypes
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from . import host
 from ._engine import api_names, check, compare_vocabularies, ffi, lib, open_session
 from .architectures import Rollback
 from .checkpoints import Checkpoints
-from .depth import DepthPolicy
+from .depth import DepthPolicy, Rule, constant
 from .errors import BusyError, ClosedError, RollbackRefused
 from .hooks import Drafter, DraftRequest, SpecSettings, Verdict
 from .registry import plugin_manager
@@ -74,7 +74,9 @@ class Session:
         self._draft = draft
         model = target.model.model
         n_vocab = target.model.n_vocab()
-        rollback, head = plan.report.rollback, plan.head
+        rollback, head, options = plan.report.rollback, plan.head, plan.options
+        # On a device the pick comes back as 4 bytes; its probability would cost a row of logits.
+        confident = options.adaptive and draft is not None and not host.offloads(target)
         self._n_embd = int(host.C.llama_model_n_embd_out(model))
         self._handle = open_session(
             host.address_table(api_names()),
@@ -92,8 +94,8 @@ class Session:
                 "rollback": _ROLLBACK[rollback],
                 "gathers": int(head.gathers),
                 "gaps": int(head.mrope),
-                "confidence": int(plan.options.p_min > 0.0),
-                "n_draft_min": plan.options.n_min,
+                "confidence": int(confident or options.p_min > 0.0),
+                "n_draft_min": options.n_min,
                 "drafting": lib.MTP_DRAFTING_SHARED_KV
                 if head.shares_kv
                 else lib.MTP_DRAFTING_CHAINED
@@ -101,17 +103,20 @@ class Session:
                 else lib.MTP_DRAFTING_ONE_HEAD,
                 "n_heads": max(1, head.n_heads),
                 "all_outputs": int(head.untested),
-                "prefill_window": min(plan.options.prefill_window or 0, target.n_ctx()),
+                "prefill_window": min(options.prefill_window or 0, target.n_ctx()),
             },
         )
-        options = plan.options
         self.recurrent = rollback != "attention"
         self.checkpoints = Checkpoints(target, options.checkpoints if self.recurrent else 0)
         self.stats = SpecStats()
         self.policy = DepthPolicy(
-            plan.depth, min(options.n_min, plan.depth), adaptive=options.adaptive
+            plan.depth,
+            min(options.n_min, plan.depth),
+            adaptive=options.adaptive,
+            confident=confident,
         )
-        self._p_min = options.p_min
+        self._native_rule = ffi.new("struct mtp_rule *", {"p_min": options.p_min})
+        self._loaded: Rule | None = None  # into it
         self._settings = SpecSettings(
             plan.spec.name, plan.depth, options.n_min, options.p_min, target.n_ctx(), n_vocab
         )
@@ -127,6 +132,7 @@ class Session:
         self._rows_left = 0
         self._open_round = False
         self._proposed = False
+        self._classes: Sequence[int] = ()  # of the picks of a drafter, which has no confidence
         self._python_ns = 0
         # Before its model is freed, whatever order the garbage collector prefers.
         target.model._exit_stack.callback(self.close)
@@ -179,24 +185,28 @@ class Session:
             self.settle()  # not replayed: the round that follows does that
         if self._rows_left:
             native = time.perf_counter_ns()
-            check(lib.mtp_next(handle, sampler, last, pos, 0, 0.0, step), handle)
+            check(lib.mtp_next(handle, sampler, last, pos, ffi.NULL, step), handle)
         else:
             self.finish_round()
             self.checkpoints.cut(pos)
             self._proposed = proposed is not None
-            depth = self._depth(context)
+            rule = self._rule(context)
             if self._drafter is None and proposed is None:
+                load = self._load(rule)
                 native = time.perf_counter_ns()
-                status = lib.mtp_next(handle, sampler, last, pos, depth, self._p_min, step)
-                check(status, handle)
+                check(lib.mtp_next(handle, sampler, last, pos, load, step), handle)
             else:
                 if proposed is None:
-                    tokens, draft_ns = self._ask_drafter(context, depth)
+                    tokens, draft_ns = self._ask_drafter(context, rule.ask())
+                    self._classes = (0,) * len(tokens)
+                    n = rule.keep(self._classes)
+                    n = n if n >= self._settings.n_min else 0
                 else:
                     room = self._room(self._settings.n_max, pos)
                     tokens, draft_ns = self._usable(proposed, room), 0
+                    n = len(tokens)
                 native = time.perf_counter_ns()
-                check(lib.mtp_verify(handle, last, pos, tokens, len(tokens)), handle)
+                check(lib.mtp_verify(handle, last, pos, tokens, n, len(tokens)), handle)
                 self._open_round = True
                 check(lib.mtp_sample(handle, sampler, step), handle)
                 step.draft_ns = draft_ns
@@ -235,13 +245,26 @@ class Session:
             logger.warning("a coin accepts the drafts from now on: the text is nonsense")
         check(lib.mtp_accept_by_coin(self._handle, list(chances), len(chances), seed), self._handle)
 
-    def _depth(self, context: npt.NDArray[np.intc]) -> int:
+    def _rule(self, context: npt.NDArray[np.intc]) -> Rule:
         most = self.policy.depth_max
         if most and self._ask_depth:
             answer = self._hooks.mtp_choose_depth(request=DraftRequest(_read_only(context), most))
             if answer is not None:
-                return max(0, min(int(answer), most))
+                return constant(max(0, min(int(answer), most)))
         return self.policy.choose()
+
+    def _load(self, rule: Rule) -> Any:
+        """Return the rule as the engine reads it; NULL for a plain round."""
+        if not rule.depth:
+            return ffi.NULL
+        if rule is not self._loaded:
+            native = self._native_rule
+            native.depth = rule.depth
+            for name in ("accept", "go", "price"):
+                values = getattr(rule, name)
+                ffi.memmove(getattr(native, name), values, values.nbytes)
+            self._loaded = rule
+        return self._native_rule
 
     def _ask_drafter(self, context: npt.NDArray[np.intc], depth: int) -> tuple[list[int], int]:
         assert self._drafter is not None
@@ -251,8 +274,6 @@ class Session:
         start = time.perf_counter_ns()
         draft = self._drafter.draft(DraftRequest(_read_only(context), room))
         tokens = self._usable(draft.tokens, room)
-        if len(tokens) < self._settings.n_min:
-            tokens.clear()
         return tokens, time.perf_counter_ns() - start
 
     def _room(self, depth: int, pos: int) -> int:
@@ -279,14 +300,19 @@ class Session:
         target_ns = now.target_ns - before.target_ns
         draft_ns = now.draft_ns - before.draft_ns
         sample_ns = now.sample_ns - before.sample_ns
+        native_ns = now.total_ns - before.total_ns - target_ns - draft_ns - sample_ns
+        rest_ns = native_ns + self._python_ns
+        drafter = self._drafter is not None
+        classes = self._classes if drafter else ffi.unpack(step.classes, step.n_picks)
         self.stats.observe_round(
             step.n_drafted,
             step.n_sampled,
             step.n_accepted,
             target_ns=target_ns,
-            draft_ns=draft_ns + (step.draft_ns if self._drafter is not None else 0),
+            picks=len(classes),
+            draft_ns=draft_ns + (step.draft_ns if drafter else 0),
             sample_ns=sample_ns,
-            native_overhead_ns=now.total_ns - before.total_ns - target_ns - draft_ns - sample_ns,
+            native_overhead_ns=native_ns,
             python_ns=self._python_ns,
             target_decodes=now.n_target_decodes - before.n_target_decodes,
             draft_decodes=now.n_draft_decodes - before.n_draft_decodes,
@@ -297,12 +323,13 @@ class Session:
             self.policy.observe_replay(step.target_ns + step.draft_ns)
         elif not self._proposed:  # the caller's guesses say nothing about the drafter's
             self.policy.observe(
-                1 + step.n_drafted,
-                step.target_ns,
                 step.n_drafted,
+                step.target_ns + rest_ns,  # what a round takes beside its decodes is a cost too
+                classes,
                 step.draft_ns,
                 step.n_sampled,
                 step.n_accepted,
+                bool(step.spare) if step.spare >= 0 else None,
             )
         if self.policy.dropped and not self._told:
             self._told = True
@@ -315,9 +342,13 @@ class Session:
                 ),
             )
 
-    def begin_generation(self, context: npt.NDArray[np.intc]) -> None:
-        """Start counting a generation, and cut the draft context to what ``context`` says."""
+    def begin_generation(self, context: npt.NDArray[np.intc], sampling: Hashable) -> None:
+        """Start counting a generation, and cut the draft context to what ``context`` says.
+
+        Acceptance is counted apart for each way of ``sampling``.
+        """
         self.stats.begin()
+        self.policy.begin(sampling)
         lib.mtp_session_counters(self._handle, self._before)
         self.align(context)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 _COUNTERS = (
     "num_rounds",
     "num_drafts",
+    "num_picks",
     "num_draft_tokens",
     "num_accepted_tokens",
     "num_emitted_tokens",
@@ -26,14 +27,16 @@ class SpecStats:
     """Cumulative counters; ``last`` holds the same for the latest generation alone.
 
     Counts are rounds, tokens or decodes; every ``*_ns`` is a total in nanoseconds. The lists are
-    indexed by draft position, 0 for the first drafted token. ``last`` is ``None`` before the first
-    :meth:`begin`, and always ``None`` on a ``last`` itself.
+    indexed by draft position, 0 for the first drafted token. ``num_picks`` counts every token that
+    a drafter proposed; the other counts of drafts are those of the verified ones. ``last`` is
+    ``None`` before the first :meth:`begin`, and always ``None`` on a ``last`` itself.
     """
 
     __slots__ = (*_COUNTERS, *_PER_POSITION, "last")
 
     num_rounds: int
     num_drafts: int
+    num_picks: int
     num_draft_tokens: int
     num_accepted_tokens: int
     num_emitted_tokens: int
@@ -70,6 +73,7 @@ class SpecStats:
         sampled: int,
         accepted: int,
         *,
+        picks: int | None = None,
         target_ns: int = 0,
         draft_ns: int = 0,
         sample_ns: int = 0,
@@ -80,11 +84,13 @@ class SpecStats:
     ) -> None:
         """Add one settled round, here and in ``last``.
 
-        ``drafted`` tokens were proposed, the consumer asked for ``sampled`` verify rows, each one
-        emitted token, and ``accepted`` drafts agreed. Drafts whose row nobody asked for count as
-        drafted, not as tested.
+        Of ``picks`` that the drafter made (as many as were verified, by default) ``drafted`` were
+        verified, the consumer asked for ``sampled`` verify rows, each one emitted token, and
+        ``accepted`` drafts agreed. Drafts whose row nobody asked for count as drafted, not as
+        tested.
         """
         self.num_rounds += 1
+        self.num_picks += drafted if picks is None else picks
         self.num_emitted_tokens += sampled
         self.num_target_decodes += target_decodes
         self.num_draft_decodes += draft_decodes
@@ -116,6 +122,7 @@ class SpecStats:
                 drafted,
                 sampled,
                 accepted,
+                picks=picks,
                 target_ns=target_ns,
                 draft_ns=draft_ns,
                 sample_ns=sample_ns,
@@ -163,6 +170,7 @@ class SpecStats:
             "acceptance_per_pos": self.acceptance_per_pos,
             "num_drafted_per_pos": list(self.num_drafted_per_pos),
             "num_tested_per_pos": list(self.num_tested_per_pos),
+            "num_picks": self.num_picks,
             "num_emitted_tokens": self.num_emitted_tokens,
             "num_rounds": self.num_rounds,
             "num_target_decodes": self.num_target_decodes,
