@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import llama_mtp
 from llama_mtp import cli
 from llama_mtp.bench import PROMPTS, Pair, Run, chat_tokens
-from llama_mtp.bound import mean_interval, median_interval
+from llama_mtp.bound import Sample, bound, mean_interval, median_interval
 from llama_mtp.errors import LlamaMtpError, SpecTypeError
 from llama_mtp.stats import SpecStats
 from llama_mtp.sweep import (
@@ -184,12 +184,17 @@ def test_the_interval_of_a_mean_holds_the_true_one() -> None:
 TARGET = {0: 0.8, 1: 1.3, 2: 1.25, 3: 1.4, 4: 1.41}  # by depth; two drafts are cheaper than one
 STEP, OWN = 0.08, 0.02
 REST = {0.0: 0.05, 0.8: 0.09}
+PROMPT = {"sure": 0.0, "fair": 0.05, "never": 0.05}  # what reading it adds to a draft of the class
 ACCEPT = {"sure": (0.95, 0.9, 0.85, 0.8), "fair": (0.6, 0.3, 0.2, 0.1), "never": (0.1, 0, 0, 0)}
 
 
-def cost(depth: int, temp: float) -> float:
+def draft_cost(name: str, depth: int) -> float:
+    return STEP * depth + PROMPT[name] * bool(depth)
+
+
+def cost(name: str, depth: int, temp: float) -> float:
     """A round, in plain tokens."""
-    return TARGET[depth] + STEP * depth + REST[temp]
+    return TARGET[depth] + draft_cost(name, depth) + REST[temp]
 
 
 def simulated(turns: int = 15) -> tuple[Sweep, dict[tuple[str, float, int], list[int]]]:
@@ -216,7 +221,7 @@ def simulated(turns: int = 15) -> tuple[Sweep, dict[tuple[str, float, int], list
                     sampled = min(accepted + 1, left)
                     times = {
                         "target_ns": round(TARGET[depth] * load * spike),
-                        "draft_ns": round(STEP * depth * load),
+                        "draft_ns": round(draft_cost(name, depth) * load),
                         "native_overhead_ns": round(OWN * load),
                     }
                     spent += sum(times.values()) + round((REST[temp] - OWN) * load)
@@ -250,15 +255,16 @@ def test_the_bound_is_the_best_that_a_simulation_without_noise_reaches() -> None
             formula = {0: 1.0}
             for depth in (1, 2, 3):  # found.deepest
                 taken = rounds[limit.name, temp, depth]
-                brute[depth] = median(191 / n for n in taken) / cost(depth, temp)
+                brute[depth] = median(191 / n for n in taken) / cost(limit.name, depth, temp)
                 accept = ACCEPT[limit.name][:depth]
                 tokens = 1 + sum(np.cumprod(accept))
-                formula[depth] = tokens / cost(depth, temp)
+                formula[depth] = tokens / cost(limit.name, depth, temp)
             best = max(brute, key=lambda depth: brute[depth])
             assert limit.bound == (pytest.approx(brute[best], rel=1e-4), best)
             assert limit.bound.ratio == pytest.approx(max(formula.values()), rel=0.03)
-            free = max(1.0, brute[best] * cost(best, temp) / (cost(best, temp) - OWN))
-            assert limit.free == pytest.approx(free if best else 1.0, rel=1e-4)
+            whole = cost(limit.name, best, temp)
+            free = brute[best] * whole / (whole - OWN) if best else 1.0
+            assert limit.free == pytest.approx(free, rel=1e-4)
             assert limit.adaptive is None
             depths[limit.name] = limit.bound.depth
         assert depths == {"sure": 3, "fair": 2, "never": 0}
@@ -266,8 +272,16 @@ def test_the_bound_is_the_best_that_a_simulation_without_noise_reaches() -> None
         assert found.mean_limit(temp).bound == (pytest.approx(mean), None)
     assert sweep(series=found.series, deepest=1).limits(0.0)[0].bound.depth == 1
     told = found.to_dict()["round_costs_in_plain_tokens"][2]
-    wanted = {"target": 1.25, "draft": 0.16, "rest": 0.07, "own": 0.02}
+    wanted = {"whole": 1.53, "target": 1.25, "draft": 0.21, "rest": 0.07, "own": 0.02}
     assert told == pytest.approx(wanted, abs=0.021)  # rest: of either temperature
+
+
+def test_noise_that_hits_now_one_part_and_now_another_counts_as_cost() -> None:
+    parts = ((1.1, 0.1, 0.1), (0.6, 0.6, 0.1), (0.6, 0.1, 0.6))
+    samples = [Sample("a", 0.0, 1, 1.95, *part, 0.05) for part in parts]
+    assert bound(samples, "a", 0.0, 1) == (pytest.approx(1.95 / 1.3), 1)
+    assert bound(samples, "a", 0.0, 1, free=True) == (pytest.approx(1.95 / 1.25), 1)
+    assert bound(samples, "b", 0.0, 1) == bound(samples, "a", 0.8, 1) == (1.0, 0)
 
 
 def test_adaptive_is_compared_with_the_bound_of_its_class() -> None:

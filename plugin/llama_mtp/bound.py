@@ -71,6 +71,10 @@ class Sample(NamedTuple):
     rest: float
     own: float
 
+    @property
+    def whole(self) -> float:
+        return self.target + self.draft + self.rest
+
 
 class Bound(NamedTuple):
     """The speed-up of the best fixed depth by costs and acceptances; depth 0 is stock itself."""
@@ -84,11 +88,12 @@ def bound(
 ) -> Bound:
     """The best that a fixed depth up to `deepest` can do on class `name` at `temp`.
 
-    A round's expected time is put together from medians: decoding its rows, over all runs of that
-    depth; drafting, over those of the class, as the first draft of a run also reads the prompt; the
-    rest, over those of the temperature, as sampling depends on it (`free` leaves out what is this
-    package's own). Tokens per round are those of the class: 1 + p1 + p1 p2 + ... of its acceptance
-    by position, with what the last round of a run loses at its end.
+    What a round costs is the median over all runs of that depth at that temperature (sampling
+    depends on it): of whole rounds, as medians of their parts would leave out the noise that hits
+    now one part and now another. `free` leaves out what is this package's own. Added is what drafts
+    of the class cost beyond those of all, as the first draft of a run also reads the prompt. Tokens
+    per round are those of the class: 1 + p1 + p1 p2 + ... of its acceptance by position, with what
+    the last round of a run loses at its end.
 
     Depth 0 costs what stock costs, not what a token through the session costs: what that is more
     counts against us and must not lower the bound.
@@ -100,9 +105,9 @@ def bound(
         if not tokens:
             continue
         cost = (
-            median(s.target for s in same)
+            median(s.whole - (s.own if free else 0.0) for s in same if s.temp == temp)
             + median(s.draft for s in same if s.name == name)
-            + median(s.rest - (s.own if free else 0.0) for s in same if s.temp == temp)
+            - median(s.draft for s in same)
         )
         if median(tokens) / cost > best.ratio:
             best = Bound(median(tokens) / cost, depth)

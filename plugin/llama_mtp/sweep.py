@@ -334,10 +334,8 @@ class Sweep(Figures):
         samples = self.samples()
         return {
             depth: {
-                "target": median(s.target for s in samples if s.depth == depth),
-                "draft": median(s.draft for s in samples if s.depth == depth),
-                "rest": median(s.rest for s in samples if s.depth == depth),
-                "own": median(s.own for s in samples if s.depth == depth),
+                part: median(getattr(s, part) for s in samples if s.depth == depth)
+                for part in ("whole", "target", "draft", "rest", "own")
             }
             for depth in sorted({s.depth for s in samples})
         }
@@ -463,37 +461,38 @@ class Course:
         text = "\n".join(PROMPTS.values()) * 8
         most = min(PROMPT_TOKENS, self.plain.n_ctx() - 32)
         prompt = self.plain.tokenize(text.encode())[:most]
+        session = self.mtp._session
+        depth = min(1, session.depth_bound) if session is not None else 0
         times: dict[bool, list[float]] = {False: [], True: []}
         catch_up = []
         for turn in range(self.repeats + 1):
             for with_mtp in (False, True) if turn % 2 else (True, False):
                 llm = self.mtp if with_mtp else self.plain
-                llm.reset()
-                start = time.perf_counter()
-                stream = llm.generate(prompt, temp=0.0)
-                next(stream)
-                if turn:
-                    times[with_mtp].append(time.perf_counter() - start)
-                stream.close()
-            if turn:
-                catch_up.append(self._catch_up(prompt))
+                with llm.spec_constant_depth(depth) if with_mtp else nullcontext():
+                    llm.reset()
+                    start = time.perf_counter()
+                    stream = llm.generate(prompt, temp=0.0)
+                    next(stream)
+                    took = time.perf_counter() - start
+                    if turn:
+                        times[with_mtp].append(took)
+                    if turn and with_mtp:
+                        catch_up.append(_catch_up(stream, llm.spec_stats))
+                    stream.close()
         return Prompt(len(prompt), tuple(times[False]), tuple(times[True]), tuple(catch_up))
 
-    def _catch_up(self, prompt: Sequence[int]) -> float:
-        """Seconds that the first draft after a prompt takes beyond the mean of four later ones."""
-        llm, session = self.mtp, self.mtp._session
-        depth = min(1, session.depth_bound) if session is not None else 0
-        first = total = 0
-        llm.reset()
-        with llm.spec_constant_depth(depth):
-            for _ in llm.generate(prompt, temp=0.0):
-                last = llm.spec_stats.last or SpecStats()
-                total = last.draft_ns
-                if last.num_rounds == 1:  # a round is booked when the next one begins
-                    first = total
-                elif last.num_rounds == 5:
-                    break
-        return (first - (total - first) / 4) / 1e9
+
+def _catch_up(stream: Iterator[int], stats: SpecStats) -> float:
+    """Seconds that the first draft after a prompt takes beyond the mean of four later ones."""
+    first = total = 0
+    for _ in stream:
+        last = stats.last or SpecStats()
+        total = last.draft_ns
+        if last.num_rounds == 1:  # a round is booked when the next one begins
+            first = total
+        elif last.num_rounds == 5:
+            break
+    return (first - (total - first) / 4) / 1e9
 
 
 def measure_fresh(

@@ -400,7 +400,7 @@ def _phases(sweep: Sweep, mark: str) -> Table:
     table.add_column("plain tokens", justify="right")
     for variant, parts in shown.items():
         found = costs.get(variant) if isinstance(variant, int) else None
-        cost = f"{found['target'] + found['draft'] + found['rest']:.2f}" if found else ""
+        cost = f"{found['whole']:.2f}" if found else ""
         table.add_row(str(variant), *(f"{us:,.1f}" for us in parts.values()), cost)
     return table
 
