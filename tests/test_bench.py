@@ -167,7 +167,8 @@ def test_the_interval_of_a_mean_is_that_of_all_possible_draws() -> None:
     exact = means[int(0.025 * len(means))], means[int(0.975 * len(means))]
     assert mean_interval(rows)[:2] == pytest.approx(exact)
     assert mean_interval(rows) == mean_interval(rows)
-    assert mean_interval([(2.0,) * 7, (8.0,) * 7])[:2] == pytest.approx((4.0, 4.0))
+    assert mean_interval([(2.0,) * 7, (8.0,) * 7]) == pytest.approx((4.0, 4.0, 0.95))
+    assert mean_interval([(2.0,), (8.0,)]).coverage == 0.0  # a single turn
 
 
 def test_the_interval_of_a_mean_holds_the_true_one() -> None:
@@ -361,6 +362,7 @@ def test_depths_that_a_file_cannot_draft_are_named(model: ModelFactory) -> None:
     two_heads = model("mimo2", n_heads=2)  # a chain: nobody trained a third
     text = bench(two_heads.path, "--repeats", 1, *CLASSES, "--temp", 0, "--depths", "2,3,4")
     assert "deeper than this file drafts: 3, 4" in text
+    assert "interval: none of one turn" in text
     assert re.search(r"^ +2 +24 ", text, re.MULTILINE)
 
 

@@ -344,14 +344,19 @@ def _show_means(console: Console, sweep: Sweep, mark: str) -> None:
                     f"{low:.2f}",
                     f"{high:.2f}",
                 )
-    _show(console, table, "interval: 95 %, from drawing the turns of every class anew")
+    _show(
+        console,
+        table,
+        "interval: 95 %, from drawing the turns of every class anew; too narrow below six turns",
+    )
 
 
 def _show_bounds(console: Console, sweep: Sweep, mark: str) -> None:
+    adaptive = "adaptive" in sweep.variants
     table = _table(
         f"what costs and acceptance allow a fixed depth up to {sweep.deepest}{mark}",
         "temperature, class",
-        ("best depth", "bound", "adaptive", "of the bound", "interval"),
+        ("best depth", "bound", *(adaptive * ("adaptive", "of the bound", "interval"))),
     )
     notes = [
         "bound: over stock's own tok/s of the same turns. Depth 0 is stock itself: what a token "
@@ -381,14 +386,16 @@ def _of_bound(limit: Limit) -> tuple[str, ...]:
 
 
 def _interval(interval: Interval, digits: int = 2) -> str:
-    return f"{interval.low:.{digits}f}-{interval.high:.{digits}f}"
+    return f"{interval.low:.{digits}f}-{interval.high:.{digits}f}" if interval.coverage else ""
 
 
 def _intervals(series: Series) -> str:
     """What an interval of the median is worth, for as many turns as there were."""
-    coverage = median_interval(series.rates).coverage
-    more = "" if coverage >= 0.95 else "; --repeats 6 or more give 95 %"
-    return f"interval: {coverage:.0%} of the median of {len(series.runs)} turns{more}"
+    coverage, turns = median_interval(series.rates).coverage, len(series.runs)
+    if coverage >= 0.95:
+        return f"interval: {coverage:.0%} of the median of {turns} turns"
+    what = f"{coverage:.0%} of the median of {turns} turns" if turns > 1 else "none of one turn"
+    return f"interval: {what}; --repeats 6 or more give 95 %"
 
 
 def _phases(sweep: Sweep, mark: str) -> Table:
@@ -449,8 +456,8 @@ def _show_prompt(console: Console, prompt: Prompt, mark: str) -> None:
     interval = _interval(median_interval(prompt.ratios), digits=3)
     console.print(
         f"prompt of {prompt.n_tokens} tokens, to the first token: {prompt.plain_rate:.0f} tok/s "
-        f"plain, {prompt.mtp_rate:.0f} with MTP;\ntakes {median(prompt.ratios):.3f} times as long "
-        f"({interval}){mark}",
+        f"plain, {prompt.mtp_rate:.0f} with MTP;\ntakes {median(prompt.ratios):.3f} times as long"
+        f"{f' ({interval})' * bool(interval)}{mark}",
         highlight=False,
     )
     share = median(prompt.catch_up_shares)
