@@ -228,3 +228,20 @@ def test_heads_that_were_not_asked_for_a_while_still_know_the_text(
         fast.spec_depth = 3
         text(fast, [*prompt, *emitted], 40, **GREEDY)
         assert stats.num_accepted_tokens - before == 30, depths  # all: rounds of 3 + 1
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 5, 8, 21])
+def test_nothing_is_drafted_past_the_last_token_that_is_wanted(
+    model: ModelFactory, ours: LlamaFactory, max_tokens: int
+) -> None:
+    """A head that is always right: rounds of four, the last one as long as what is missing."""
+    m = model("qwen35", right=1.0)
+    fast = ours(m)
+    fast(m.text(9), max_tokens=max_tokens, temperature=0.0)
+    left = max_tokens - 1  # the first token comes from the prompt
+    rounds = [4] * (left // 4) + ([left % 4] if left % 4 else [])
+    stats = fast.spec_stats.last
+    assert stats.num_rounds == len(rounds)
+    assert stats.num_draft_tokens == stats.num_accepted_tokens == sum(n - 1 for n in rounds)
+    text(fast, m.text(9), 9, **GREEDY)  # generate() alone knows no end
+    assert fast.spec_stats.last.num_draft_tokens == 6

@@ -116,6 +116,7 @@ class Llama(host.StockLlama):
         self._in_callback = False
         self._fields_set = 0
         self._generation: object | None = None  # whose text the context holds
+        self._tokens_wanted: int | None = None  # of the generation that begins next
         self._spec_memory: dict[tuple[str, str], int] = {}  # (context and part, device)
         for name in stock:  # the stock class swallows what it does not know
             if name.startswith("spec_") and name not in _STOCK_INIT.parameters:
@@ -316,6 +317,7 @@ class Llama(host.StockLlama):
         options = bound.arguments
         stopping_criteria = options["stopping_criteria"]
         with session.entry:
+            wanted, self._tokens_wanted = self._tokens_wanted, None
             chain = self._init_sampler(**{k: v for k, v in options.items() if k in _SAMPLING})
             self._sampler = chain
             address = ffi.cast("void *", host.address_of_sampler(chain))
@@ -328,7 +330,7 @@ class Llama(host.StockLlama):
                 self.reset()
             if prompt:
                 self._eval_prompt(prompt)
-            session.begin_generation(self._input_ids, round(options["temp"], 1))
+            session.begin_generation(self._input_ids, round(options["temp"], 1), wanted)
             self._generation = mine = object()
             evaluated = self._input_ids.tolist()
         try:

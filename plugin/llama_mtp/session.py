@@ -132,6 +132,7 @@ class Session:
         self._rows_left = 0
         self._open_round = False
         self._proposed = False
+        self._end = self._settings.n_ctx + 1  # positions that the text is to have
         self._classes: Sequence[int] = ()  # of the picks of a drafter, which has no confidence
         self._python_ns = 0
         # Before its model is freed, whatever order the garbage collector prefers.
@@ -191,13 +192,14 @@ class Session:
             self.checkpoints.cut(pos)
             self._proposed = proposed is not None
             rule = self._rule(context)
+            useful = self._end - pos - 2  # the last token that is wanted needs no draft
             if self._drafter is None and proposed is None:
-                load = self._load(rule)
+                load = self._load(rule, useful)
                 native = time.perf_counter_ns()
                 check(lib.mtp_next(handle, sampler, last, pos, load, step), handle)
             else:
                 if proposed is None:
-                    tokens, draft_ns = self._ask_drafter(context, rule.ask())
+                    tokens, draft_ns = self._ask_drafter(context, min(rule.ask(), useful))
                     self._classes = (0,) * len(tokens)
                     n = rule.keep(self._classes)
                     n = n if n >= self._settings.n_min else 0
@@ -253,18 +255,19 @@ class Session:
                 return constant(max(0, min(int(answer), most)))
         return self.policy.choose()
 
-    def _load(self, rule: Rule) -> Any:
-        """Return the rule as the engine reads it; NULL for a plain round."""
-        if not rule.depth:
+    def _load(self, rule: Rule, most: int) -> Any:
+        """Return the rule, for ``most`` drafts, as the engine reads it; NULL for a plain round."""
+        depth = min(rule.depth, most)
+        if depth <= 0:
             return ffi.NULL
+        native = self._native_rule
+        native.depth = depth
         if rule is not self._loaded:
-            native = self._native_rule
-            native.depth = rule.depth
             for name in ("accept", "go", "price"):
                 values = getattr(rule, name)
                 ffi.memmove(getattr(native, name), values, values.nbytes)
             self._loaded = rule
-        return self._native_rule
+        return native
 
     def _ask_drafter(self, context: npt.NDArray[np.intc], depth: int) -> tuple[list[int], int]:
         assert self._drafter is not None
@@ -342,11 +345,16 @@ class Session:
                 ),
             )
 
-    def begin_generation(self, context: npt.NDArray[np.intc], sampling: Hashable) -> None:
+    def begin_generation(
+        self, context: npt.NDArray[np.intc], sampling: Hashable, wanted: int | None = None
+    ) -> None:
         """Start counting a generation, and cut the draft context to what ``context`` says.
 
-        Acceptance is counted apart for each way of ``sampling``.
+        Acceptance is counted apart for each way of ``sampling``. No more is drafted than
+        ``wanted`` tokens after the context, the first of which takes no round, have use for.
         """
+        n_ctx = self._settings.n_ctx
+        self._end = n_ctx + 1 if wanted is None else min(len(context) + wanted, n_ctx + 1)
         self.stats.begin()
         self.policy.begin(sampling)
         lib.mtp_session_counters(self._handle, self._before)
