@@ -19,7 +19,6 @@ Each token is drafted at the first position of a round and not verified, so the 
 from __future__ import annotations
 
 import argparse
-import ctypes
 from pathlib import Path
 
 import numpy as np

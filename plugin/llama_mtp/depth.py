@@ -45,7 +45,8 @@ _FIRST_SLOPE = 0.05  # of a plain decode: a guess at one more row, before any wa
 _OPTIMISM = 0.9  # a row count between two timed ones is taken to cost this part of their line
 _STALE = 768  # rounds, for each row count, in which one that nobody tests looks half as dear ...
 _UNKNOWN = 96  # ... and where nobody ever has
-_REPLAN = 8  # rounds that a rule serves
+_REPLAN = 16  # rounds that a rule serves
+_LONG = 64  # rounds after which a row count counts as long not tested
 _FIRST_BURST = 4  # rounds that draft unverified at the start ...
 _BURST = 4  # ... and later
 _FIRST_GAP, _LAST_GAP = 16, 256  # plain tokens between bursts, doubled while nothing changes
@@ -161,12 +162,12 @@ class _Regime:
     )  # fmt: skip
 
     def __init__(self, depth: int, *, confident: bool, like: _Regime | None = None) -> None:
-        first = _CAUTION * np.asarray(_CENTRES) if confident else np.full(CLASSES, _HOPE)
-        self.hits = _PRIOR * first
-        self.tries = np.full(CLASSES, _PRIOR)
-        self.position = np.ones(depth)  # verdicts by position, and ...
-        self.predicted = np.ones(depth)  # ... what the classes alone made expect
-        self.shares = np.zeros((2, CLASSES))  # of the classes: first picks, later ones
+        # Lists: single numbers in them change every round, and numpy is slow at that.
+        self.hits = [_PRIOR * (_CAUTION * p if confident else _HOPE) for p in _CENTRES]
+        self.tries = [_PRIOR] * CLASSES
+        self.position = [1.0] * depth  # verdicts by position, and ...
+        self.predicted = [1.0] * depth  # ... what the classes alone made expect
+        self.shares = [[0.0] * CLASSES, [0.0] * CLASSES]  # of the classes: first picks, later ones
         self.drafting = False
         self.confirmed = False  # that drafting does not pay
         self.spell = 0  # rounds since drafting began
@@ -174,10 +175,12 @@ class _Regime:
         self.gap, self.wait = _FIRST_GAP, 0.0  # tokens between bursts, and to the next
         self.burst, self.burst_ns, self.looks = _FIRST_BURST, 0.0, 0
         if like is not None:  # another temperature: a guess, soon outvoted
-            weight = np.minimum(1.0, 2 * _PRIOR / like.tries)
-            self.hits, self.tries = like.hits * weight, like.tries * weight
-            self.position, self.predicted = like.position.copy(), like.predicted.copy()
-            self.shares = like.shares * min(1.0, 8.0 / max(like.shares.max(), 1.0))
+            weights = [min(1.0, 2 * _PRIOR / n) for n in like.tries]
+            self.hits = [h * w for h, w in zip(like.hits, weights, strict=True)]
+            self.tries = [n * w for n, w in zip(like.tries, weights, strict=True)]
+            self.position, self.predicted = like.position[:], like.predicted[:]
+            weight = 8.0 / max(8.0, *map(max, like.shares))
+            self.shares = [[n * weight for n in shares] for shares in like.shares]
 
 
 class DepthPolicy:
@@ -314,12 +317,12 @@ class DepthPolicy:
         if not self._adaptive:
             return
         self._clock += 1
-        new = False  # a first measurement: guesses at other depths change with it
+        new = False  # a first measurement, or one of what was long not tested: think again
         if drafted <= self._depth_bound:
             cost = self._target[drafted]
             cost.add(target_ns if target_ns > 0 else 1)  # a coarse clock may say 0
+            new = cost.n <= 3 or self._clock - self._measured[drafted] > _LONG
             self._measured[drafted] = self._clock
-            new = cost.n <= 2
         picks = len(classes)
         if drafted:
             self._made = self._made * _KEEP + 1.0
@@ -358,7 +361,7 @@ class DepthPolicy:
         if not plain:
             return "Nothing measured yet: the first round is plain."
         depth, tokens, ns = self._best_constant()
-        if not depth or not regime.shares[0].any():
+        if not depth or not any(regime.shares[0]):
             return f"Depth 0: plain decoding takes {plain / 1e6:.2f} ms a token."
         verdict = f"Depth {depth}" if regime.drafting else "Depth 0, drafting does not pay"
         rates = " ".join(f"{a:.2f}" for a in self._mean_accept()[:depth])
@@ -383,9 +386,11 @@ class DepthPolicy:
     ) -> None:
         """Count verdicts by class and by position; only rows that were asked for give one."""
         regime = self._regime
-        regime.shares *= _KEEP
         for pos, c in enumerate(classes):
-            regime.shares[min(pos, 1), c] += 1.0
+            shares = regime.shares[pos > 0]
+            if pos < 2:
+                shares[:] = [n * _KEEP for n in shares]
+            shares[c] += 1.0
         verdicts = [pos < accepted for pos in range(min(sampled, drafted))]
         if spare is not None and len(verdicts) == drafted == accepted < len(classes):
             verdicts.append(spare)
@@ -400,19 +405,19 @@ class DepthPolicy:
     def _accept(self) -> npt.NDArray[np.float64]:
         """Chance that a pick is right, ``[depth_bound, CLASSES]``: of its class, by position."""
         regime = self._regime
-        by_position = np.clip(regime.position / regime.predicted, 0.0, 4.0)
-        chance: npt.NDArray[np.float64] = np.clip(
-            by_position[:, None] * (regime.hits / regime.tries)[None, :], 0.0, 0.999
-        )
+        by_position = np.divide(regime.position, regime.predicted).clip(0.0, 4.0)
+        by_class = np.divide(regime.hits, regime.tries)
+        chance: npt.NDArray[np.float64] = np.outer(by_position, by_class).clip(0.0, 0.999)
         return chance
 
     def _shares(self) -> npt.NDArray[np.float64]:
         """How often a pick is of each class, ``[depth_bound, CLASSES]``."""
-        first, later = self._regime.shares
+        first, later = map(np.asarray, self._regime.shares)
         if not first.any():  # nobody has drafted yet
             first = np.ones(CLASSES)
         later = later + first * (2.0 / first.sum())
-        by_position = np.tile(later / later.sum(), (self._depth_bound, 1))
+        by_position = np.empty((self._depth_bound, CLASSES))
+        by_position[:] = later / later.sum()
         by_position[:1] = first / first.sum()
         return by_position
 
