@@ -175,6 +175,9 @@ void drafter::load_waiting(int32_t end) {
         return;
     }
     drop_unverified();
+    if (!chained()) {  // a chain adds rows of its own behind them
+        batch_.borrow(queue_.hidden(queue_.decoded()));
+    }
     for (int32_t p = queue_.decoded(); p < end; ++p) {
         batch_.push(queue_.token(p), p, params_.all_outputs != 0, queue_.hidden(p));
     }

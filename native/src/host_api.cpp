@@ -1,5 +1,6 @@
 #include "host_api.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstring>
@@ -62,7 +63,7 @@ host_api resolve(const mtp_host_api & a, const mtp_host_layout & layout) {
 
 row_batch::row_batch(int32_t capacity, int32_t n_embd)
     : capacity_(capacity), n_embd_(n_embd), token_(capacity), pos_(capacity), n_seq_id_(capacity, 1),
-      seq_id_(capacity, &zero_), logits_(capacity), embd_(static_cast<size_t>(capacity) * n_embd) {}
+      seq_id_(capacity, &zero_), logits_(capacity) {}
 
 void row_batch::push(int32_t token, int32_t pos, bool output, const float * hidden) {
     if (n_ == capacity_) {
@@ -71,15 +72,16 @@ void row_batch::push(int32_t token, int32_t pos, bool output, const float * hidd
     token_[n_]  = token;
     pos_[n_]    = pos;
     logits_[n_] = output ? 1 : 0;
-    if (n_embd_ > 0) {
+    if (n_embd_ > 0 && rows_ == nullptr) {
+        embd_.resize(std::max(embd_.size(), (static_cast<size_t>(n_) + 1) * n_embd_));
         std::memcpy(&embd_[static_cast<size_t>(n_) * n_embd_], hidden, sizeof(float) * n_embd_);
     }
     ++n_;
 }
 
 host_batch row_batch::view() {
-    return { n_,          token_.data(),  n_embd_ > 0 ? embd_.data() : nullptr, pos_.data(), n_seq_id_.data(),
-             seq_id_.data(), logits_.data() };
+    float * rows = rows_ != nullptr ? const_cast<float *>(rows_) : embd_.data();  // the host only reads them
+    return { n_, token_.data(), n_embd_ > 0 ? rows : nullptr, pos_.data(), n_seq_id_.data(), seq_id_.data(), logits_.data() };
 }
 
 int64_t now_ns() {

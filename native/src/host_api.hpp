@@ -69,7 +69,12 @@ class row_batch {
   public:
     row_batch(int32_t capacity, int32_t n_embd);
 
-    void clear() { n_ = 0; }
+    void clear() {
+        n_    = 0;
+        rows_ = nullptr;
+    }
+    // The hidden rows of all that is pushed until clear() are the caller's, one after the other; none is copied.
+    void borrow(const float * rows) { rows_ = rows; }
     void push(int32_t token, int32_t pos, bool output, const float * hidden = nullptr);
     void set_output(int32_t row, bool output) { logits_[row] = output ? 1 : 0; }
     void shrink(int32_t n) { n_ = n; }
@@ -85,7 +90,8 @@ class row_batch {
     std::vector<int32_t>   token_, pos_, n_seq_id_;
     std::vector<int32_t *> seq_id_;
     std::vector<int8_t>    logits_;
-    std::vector<float>     embd_;
+    std::vector<float>     embd_;  // grows with what is copied
+    const float *          rows_ = nullptr;
 };
 
 int64_t now_ns();
