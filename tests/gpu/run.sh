@@ -75,7 +75,7 @@ print(":".join(found + glob.glob("/usr/local/cuda*/lib64")))
 PY
 )
 has_cublas() { find ${1//:/ } -maxdepth 1 -name 'libcublas.so.*' 2>/dev/null | grep -q .; }
-if ! has_cublas "$libraries"; then  # a toolkit without cuBLAS, as on a machine that only builds
+if [[ -e $site/llama_cpp/lib/libggml-cuda.so ]] && ! has_cublas "$libraries"; then  # a toolkit without cuBLAS, as on a machine that only builds
   cublas=$repo/build/gpu/cublas
   [[ -d $cublas ]] || "$python" -m pip install --quiet --target "$cublas" 'nvidia-cublas>=13,<14'
   libraries=$libraries:$(echo "$cublas"/nvidia/*/lib | tr ' ' :)
@@ -86,6 +86,7 @@ status=0
 "$python" "$here/check.py" "${mode[@]}" "$@" || status=$?
 [[ $size != 0 ]] || exit "$status"
 
+mkdir -p "$repo/build/gpu"
 big=$repo/build/gpu/big.gguf
 small=$site/small.gguf
 if [[ ! -f $small ]]; then
@@ -106,15 +107,14 @@ except LlamaMtpError as why:
 PY
 fi
 "$python" "$repo/examples/inflate/inflate.py" "$small" "$big" --size "$size" --force
-"$python" "$repo/examples/inflate/rate.py" "$big" || true  # of the processor; says what the file is
 
 long=(--repeats 3 --minutes 8)
 sweep=(--repeats 2)
 count=()
 if ((${#mode[@]})); then
-  long=(--repeats 1 --classes code_python,qa_factual --max-tokens 24)
-  sweep=(--repeats 1 --classes code_python,qa_factual --max-tokens 24 --depths 2,adaptive)
-  count=(--tokens 24)
+  long=(--threads 1 --repeats 1 --classes code_python,qa_factual --max-tokens 24)
+  sweep=("${long[@]}" --depths 2,adaptive)
+  count=(--threads 1 --tokens 24)
 fi
 "$python" -c 'from llama_mtp.cli import app; app()' bench "$big" --n-gpu-layers "$layers" "${sweep[@]}" || status=$?
 "$python" "$repo/tests/bench/peers.py" "$big" --gpu-layers "$layers" "${long[@]}" \

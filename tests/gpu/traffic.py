@@ -43,6 +43,7 @@ WAITING = {
     "llama_state_seq_set_data_ext": _F(_N, _P, _P, _N, _I, ctypes.c_uint32),
 }
 DECODE = "llama_decode"
+MASK = "llama_set_embeddings_nextn"
 
 
 @dataclass
@@ -57,20 +58,25 @@ class Traffic:
     up: Counter[str] = field(default_factory=Counter)
     down: Counter[str] = field(default_factory=Counter)
     _busy: set[int] = field(default_factory=set)
+    _masked: set[int] = field(default_factory=set)  # contexts that copy the rows of outputs alone
 
     def decoded(self, context: int, batch: Any) -> None:
         """A decode has begun. The head's rows come with hidden rows, the target's without."""
         n = int(batch.n_tokens)
+        outputs = sum(bool(batch.logits[i]) for i in range(n))
         side = "draft" if batch.embd else "target"
         self.calls[f"decode {side}"] += 1
         self.rows[side] += n
         if side == "draft":
             self.up["hidden rows"] += 4 * n * self.n_embd
         else:
-            outputs = sum(bool(batch.logits[i]) for i in range(n))
             self.down["logits"] += 4 * outputs * self.n_vocab
-        self.down["hidden rows"] += 4 * n * self.n_embd
+        self.down["hidden rows"] += 4 * (outputs if context in self._masked else n) * self.n_embd
         self._busy.add(context)
+
+    def masked(self, context: int, _on: bool, masked: bool) -> None:
+        """Which hidden rows a context copies was set."""
+        (self._masked.add if masked else self._masked.discard)(context)
 
     def asked(self, name: str, arguments: tuple[Any, ...]) -> None:
         """A function was called that waits for its context."""
@@ -112,6 +118,8 @@ def counted() -> Iterator[Callable[[Llama], Traffic]]:
     def wrap(name: str, address: int) -> int:
         if name == DECODE:
             kind = _F(_I, _P, host.C.llama_batch)
+        elif name == MASK:
+            kind = _F(None, _P, ctypes.c_bool, ctypes.c_bool)
         elif name in WAITING:
             kind = WAITING[name]
         else:
@@ -121,10 +129,12 @@ def counted() -> Iterator[Callable[[Llama], Traffic]]:
         def call(*arguments: Any) -> Any:
             if name == DECODE:
                 traffic.decoded(*arguments)
+            elif name == MASK:
+                traffic.masked(*arguments)
             else:
                 traffic.asked(name, arguments)
             answer = real(*arguments)
-            return answer if answer is not None or name == "llama_synchronize" else 0  # 0: NULL
+            return 0 if answer is None and kind._restype_ is not None else answer  # 0: NULL
 
         callback = kind(call)
         kept.extend((real, callback))
@@ -158,8 +168,8 @@ def per_round(traffic: Traffic, stats: SpecStats) -> Table:
         table.add_row(f"{side} decodes, their rows", f"{calls / n:.2f}, {rows / n:.2f}")
     for way, counter in (("to the device", traffic.up), ("from the device", traffic.down)):
         for what, size in sorted(counter.items()):
-            table.add_row(f"{what}, {way}", f"{size / n / 1024:.1f} KiB")
-        table.add_row(f"all {way}", f"{sum(counter.values()) / n / 1024:.1f} KiB")
+            table.add_row(f"{what}, {way}", f"{size / n:,.0f} B")
+        table.add_row(f"all {way}", f"{sum(counter.values()) / n:,.0f} B")
     return table
 
 
