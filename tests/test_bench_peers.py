@@ -136,6 +136,7 @@ def test_geometric_means_leave_out_cells_without_rates() -> None:
 def test_spread_says_median_and_extremes() -> None:
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
     assert Spread(2.0, 1.0, 3.0).text(1) == "2.0 [1.0..3.0]"
+    assert Spread.of([2.0]) is not None and Spread(2.0, 2.0, 2.0).text(2) == "2.00"
     assert Spread.of([]) is None
 
 

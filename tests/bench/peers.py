@@ -542,6 +542,9 @@ class Spread:
         return cls(median(values), min(values), max(values)) if values else None
 
     def text(self, digits: int) -> str:
+        """The value and its range; the value alone where one run is all there is."""
+        if self.low == self.high:
+            return f"{self.median:.{digits}f}"
         return f"{self.median:.{digits}f} [{self.low:.{digits}f}..{self.high:.{digits}f}]"
 
 

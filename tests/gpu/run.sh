@@ -10,7 +10,9 @@
 # --pack FILE    make the site, pack it for carrying (.tar.xz), and stop
 # --small FILE   a small model with a NextN head, to make the large one of; packed with the site.
 #                Default: the demo model where SmolLM2 is installed, else a constructed hybrid
-# --size GB      how large the large one gets (default 8; 0: none, check identity and stop)
+# --size GB      how large the large one gets (default 8); one of that size that is there is used again
+# --parts A,B    what to run, where time is short: check (identity), bench (nine classes, every depth),
+#                peers, traffic (where a round's time goes). Default: all four
 # --attach-only  on a machine without a card: everything is done on the CPU, and little of it; the
 #                plugin attaches to the CUDA build and the tokens are right. Say --size as well
 # MODEL.gguf     models with a NextN head to use besides the constructed ones
@@ -24,6 +26,7 @@ pack=
 wheel=
 small=
 size=8
+parts=check,bench,peers,traffic
 mode=()
 layers=-1
 while (($#)); do
@@ -31,11 +34,12 @@ while (($#)); do
     --attach-only) mode=(--attach-only) && layers=0 ;;
     --small) small=$2 && shift ;;
     --size) size=$2 && shift ;;
+    --parts) parts=$2 && shift ;;
     --site) mkdir -p "$2" && site=$(cd "$2" && pwd) && shift ;;
     --pack) pack=$2 && shift ;;
     --) shift && break ;;
     *.whl) wheel=$1 ;;
-    *) sed -n '2,20s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+    *) sed -n '2,22s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
   esac
   shift
 done
@@ -83,13 +87,16 @@ fi
 export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export PYTHONPATH=$site
 status=0
-"$python" "$here/check.py" "${mode[@]}" "$@" || status=$?
-[[ $size != 0 ]] || exit "$status"
+part() { [[ ,$parts, == *,$1,* ]]; }
+if part check; then
+  "$python" "$here/check.py" "${mode[@]}" "$@" || status=$?
+fi
+[[ $parts != check ]] || exit "$status"
 
 mkdir -p "$repo/build/gpu"
-big=$repo/build/gpu/big.gguf
+big=$repo/build/gpu/big-$size.gguf
 small=$site/small.gguf
-if [[ ! -f $small ]]; then
+if [[ ! -f $big && ! -f $small ]]; then
   small=$repo/build/gpu/small.gguf
   PYTHONPATH=$site:$repo/tests "$python" - "$small" <<'PY'
 import sys
@@ -106,7 +113,7 @@ except LlamaMtpError as why:
     models.build(file, "qwen35")
 PY
 fi
-"$python" "$repo/examples/inflate/inflate.py" "$small" "$big" --size "$size" --force
+[[ -f $big ]] || "$python" "$repo/examples/inflate/inflate.py" "$small" "$big" --size "$size"
 
 long=(--repeats 3 --minutes 8)
 sweep=(--repeats 2)
@@ -116,16 +123,23 @@ if ((${#mode[@]})); then
   sweep=("${long[@]}" --depths 2,adaptive)
   count=(--threads 1 --tokens 24)
 fi
-"$python" -c 'from llama_mtp.cli import app; app()' bench "$big" --n-gpu-layers "$layers" "${sweep[@]}" || status=$?
-"$python" "$repo/tests/bench/peers.py" "$big" --gpu-layers "$layers" "${long[@]}" \
-  --peers stock,ours,ours-default,llama-server-plain,llama-server,llama-server-default \
-  --llama-server "$site/llama_server/llama-server" || status=$?
-traffic=("$python" "$here/traffic.py" "$big" --gpu-layers "$layers" "${count[@]}")
-"${traffic[@]}" || status=$?
-if command -v nsys >/dev/null; then
-  nsys profile --trace cuda --force-overwrite true --output "$repo/build/gpu/rounds" "${traffic[@]}" --times-only
-  nsys stats --report cuda_api_sum,cuda_gpu_mem_time_sum,cuda_gpu_mem_size_sum "$repo/build/gpu/rounds.nsys-rep"
-else
-  echo "nsys is not here: no profile beside the counts."
+if part bench; then
+  "$python" -c 'from llama_mtp.cli import app; app()' bench "$big" --n-gpu-layers "$layers" "${sweep[@]}" || status=$?
+fi
+if part peers; then
+  "$python" "$repo/tests/bench/peers.py" "$big" --gpu-layers "$layers" "${long[@]}" \
+    --peers stock,ours,ours-default,llama-server-plain,llama-server,llama-server-default \
+    --llama-server "$site/llama_server/llama-server" || status=$?
+fi
+if part traffic; then
+  traffic=("$python" "$here/traffic.py" "$big" --gpu-layers "$layers" "${count[@]}")
+  "${traffic[@]}" || status=$?
+  if command -v nsys >/dev/null; then
+    profile=$repo/build/gpu/rounds
+    nsys profile --trace cuda --force-overwrite true --output "$profile" "${traffic[@]}" --times-only &&
+      nsys stats --report cuda_api_sum,cuda_gpu_mem_time_sum,cuda_gpu_mem_size_sum "$profile.nsys-rep" || status=$?
+  else
+    echo "nsys is not here: no profile beside the counts."
+  fi
 fi
 exit "$status"
