@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ModelFactory
 
@@ -15,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).with_name("bench")))
 
 import peer_child
 import peers
-from peers import Places, Run, Spread
+from peers import Places, Run, Setting, Spread
 
 HERE = Places(sys.executable, sys.executable)
 
@@ -39,20 +41,84 @@ def test_a_text_without_a_rate_has_no_ratio() -> None:
     assert peers.ratios([at(30), Run(1, 0.1, 0.0)], [at(10), at(20)]) == []
 
 
-def test_geometric_means_are_per_repeat_over_the_classes() -> None:
+def test_geometric_means_are_of_the_medians_of_the_cells() -> None:
     results: peers.Results = {
-        ("a", 0.0): {"ours": [at(80), at(20), at(10)], "stock": [at(10), at(10), at(10)]},
+        ("a", 0.0): {"ours": [at(80), at(20), at(40)], "stock": [at(10), at(10), at(10)]},
         ("b", 0.0): {"ours": [at(20), at(5), at(90)], "stock": [at(10), at(10), at(10)]},
-        ("b", 0.8): {"ours": [at(10), at(80), at(30)], "stock": [at(10), at(10), at(10)]},
+        ("b", 0.8): {"ours": [at(10), at(80), at(20)], "stock": [at(10), at(10), at(10)]},
     }
-    greedy = peers.geometric_mean_ratio(results, "ours", "stock", 0.0)
-    assert greedy is not None
-    # repeats: sqrt(8 * 2) = 4, sqrt(2 / 2) = 1, sqrt(1 * 9) = 3
-    assert (greedy.median, greedy.low, greedy.high) == pytest.approx((3.0, 1.0, 4.0))
-    both = peers.geometric_mean_ratio(results, "ours", "stock")
-    assert both is not None
-    # repeats: the cube roots of 8 * 2 * 1, 2 / 2 * 8 and 1 * 9 * 3
-    assert (both.median, both.low, both.high) == pytest.approx((16 ** (1 / 3), 2.0, 3.0))
+    greedy = peers.speeds(results, "ours", "stock", 0.0)
+    both = peers.speeds(results, "ours", "stock")
+    assert greedy is not None and both is not None
+    # medians 4, 2 and 2
+    assert greedy.median == pytest.approx(8**0.5)
+    assert both.median == pytest.approx(16 ** (1 / 3))
+
+
+def test_a_cell_that_always_measures_the_same_leaves_no_doubt() -> None:
+    same = peers.geometric_mean([[4.0] * 5, [9.0] * 5])
+    assert same is not None
+    assert (same.median, same.low, same.high) == pytest.approx((6.0, 6.0, 6.0))
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    """Truth 2.0, noise of 10 %, 18 cells of 7 repeats: about 95 of 100 intervals hold it."""
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(100):
+        cells = 2.0 * np.exp(rng.normal(0, 0.1, size=(18, 7)))
+        found = peers.geometric_mean(cells.tolist(), draws=400)
+        assert found is not None
+        assert found.low < found.median < found.high
+        held += found.low <= 2.0 <= found.high
+    assert 88 <= held <= 100
+
+
+def test_intervals_are_seeded() -> None:
+    cells = [[1.0, 2.0, 3.0], [2.0, 2.5, 4.0]]
+    assert peers.geometric_mean(cells) == peers.geometric_mean(cells)
+
+
+def test_gains_leave_the_build_out() -> None:
+    """Their build is half as fast and gains 3, ours gains 2: 4/3 of the speed, 2/3 of the gain."""
+    results: peers.Results = {
+        ("a", 0.0): {
+            "stock": [at(10), at(20)],
+            "ours": [at(20), at(40)],
+            "llama-server-plain": [at(5), at(10)],
+            "llama-server": [at(15), at(30)],
+        }
+    }
+    speed = peers.speeds(results, "ours", "llama-server")
+    gain = peers.gains(results, "ours", "llama-server")
+    build = peers.speeds(results, "stock", "llama-server-plain")
+    assert speed is not None and gain is not None and build is not None
+    assert (speed.median, gain.median, build.median) == pytest.approx((4 / 3, 2 / 3, 2.0))
+    assert speed.median == pytest.approx(gain.median * build.median)
+    assert peers.gains(results, "stock", "llama-server-plain") is None
+    results["a", 0.0].pop("llama-server-plain")
+    assert peers.gains(results, "ours", "llama-server") is None, "no plain side, no gain"
+
+
+def test_computing_is_per_token_and_absent_where_unknown() -> None:
+    def used(seconds: float, tokens: int) -> Run:
+        return Run(tokens, 0.1, 1.0, cpu_seconds=seconds)
+
+    assert peers.cpu_ratios([used(2.0, 10)], [used(6.0, 20)]) == pytest.approx([1.5])
+    assert peers.cpu_ratios([used(2.0, 10)], [Run(10, 0.1, 1.0)]) == []
+
+
+def test_every_plain_side_is_plain_and_of_the_same_build() -> None:
+    for name, side in peers.SIDES.items():
+        plain = peers.SIDES[side.plain]
+        assert plain.at == "off" and plain.plain == side.plain, name
+        assert (side.at == "off") == (side.plain == name)
+    names = ["stock", "ours", "llama-server-plain"]
+    assert peers.pairs_of(names) == [
+        ("ours", "stock"),
+        ("ours", "llama-server-plain"),
+        ("stock", "llama-server-plain"),
+    ]
 
 
 def test_geometric_means_leave_out_cells_without_rates() -> None:
@@ -61,15 +127,16 @@ def test_geometric_means_leave_out_cells_without_rates() -> None:
         ("a", 0.0): {"ours": [at(40)], "stock": [at(10)]},
         ("b", 0.0): {"ours": [one], "stock": [at(10)]},
     }
-    spread = peers.geometric_mean_ratio(results, "ours", "stock")
-    assert spread is not None
-    assert spread.median == pytest.approx(4.0)
-    assert peers.geometric_mean_ratio(results, "ours", "stock", 0.8) is None
+    mean = peers.speeds(results, "ours", "stock")
+    assert mean is not None
+    assert mean.median == pytest.approx(4.0)
+    assert peers.speeds(results, "ours", "stock", 0.8) is None
 
 
 def test_spread_says_median_and_extremes() -> None:
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
     assert Spread(2.0, 1.0, 3.0).text(1) == "2.0 [1.0..3.0]"
+    assert Spread.of([2.0]) is not None and Spread(2.0, 2.0, 2.0).text(2) == "2.00"
     assert Spread.of([]) is None
 
 
@@ -92,7 +159,7 @@ class Recorder(peers.Peer):
     def absent(self) -> str:
         return ""
 
-    def open(self, model: Path, threads: int, depth: int | None, n_ctx: int) -> None:
+    def open(self, setting: Setting, depth: int | None) -> None:
         pass
 
     def generate(self, prompt: Sequence[int], n: int, temp: float, seed: int) -> Run:
@@ -100,16 +167,42 @@ class Recorder(peers.Peer):
         return Run(n, 0.0, 1.0)
 
 
-def test_sides_take_turns_on_the_same_prompt_and_seeds() -> None:
+def test_sides_take_turns_on_the_same_prompts_and_seeds() -> None:
     calls: list[tuple[str, tuple[int, ...], int, float, int]] = []
     sides = {name: Recorder(name, calls) for name in ("a", "b")}
-    runs = peers.measure(sides, [1, 2], temp=0.8, repeats=3, max_tokens=5, seed=7)
+    prompts = {"p": [1, 2], "q": [3]}
+    said: list[str] = []
+    results = peers.measure(
+        sides, prompts, temps=[0.0, 0.8], repeats=2, max_tokens=5, seed=7, say=said.append
+    )
+    cells = [((1, 2), 0.0), ((1, 2), 0.8), ((3,), 0.0), ((3,), 0.8)]
     assert calls == [
-        (side, (1, 2), 5, 0.8, 7 + repeat)
-        for repeat in range(3)
-        for side in "abbaab"[2 * repeat :][:2]
+        (side, prompt, 5, temp, 7 + repeat)
+        for repeat in range(2)
+        for place, (prompt, temp) in enumerate(cells)
+        for side in ("ab" if (repeat + place) % 2 == 0 else "ba")
     ]
-    assert {side: len(those) for side, those in runs.items()} == {"a": 3, "b": 3}
+    assert set(results) == {(name, temp) for name in prompts for temp in (0.0, 0.8)}
+    assert all({s: len(r) for s, r in c.items()} == {"a": 2, "b": 2} for c in results.values())
+    assert [text.split(":")[0] for text in said] == ["repeat 1 of 2", "repeat 2 of 2"]
+
+
+def test_no_repeat_begins_that_would_not_end_in_time() -> None:
+    class Slow(Recorder):
+        def generate(self, prompt: Sequence[int], n: int, temp: float, seed: int) -> Run:
+            time.sleep(0.05)
+            return super().generate(prompt, n, temp, seed)
+
+    def repeats(minutes: float) -> int:
+        sides = {"a": Slow("a", [])}
+        results = peers.measure(
+            sides, {"p": [1]}, temps=[0.0], repeats=9, max_tokens=5, minutes=minutes, say=str
+        )
+        return len(results["p", 0.0]["a"])
+
+    assert repeats(0.0) == 1
+    assert 2 <= repeats(0.19 / 60) <= 3
+    assert repeats(1.0) == 9
 
 
 def test_servers_are_asked_for_the_host_s_own_sampling() -> None:
@@ -178,7 +271,16 @@ def test_absent_peers_are_no_errors(
     out = tmp_path / "out.json"
     options = ["--peers", "stock,ours,xllamacpp,example-server", "--classes", "qa_factual"]
     options += ["--max-tokens", "12", "--repeats", "2", "--temps", "0,0.8", "--depth", "2"]
-    options += ["--threads", "1", "--peers-python", "/no/such/python", "--json", str(out)]
+    options += [
+        "--minutes",
+        "5",
+        "--threads",
+        "1",
+        "--peers-python",
+        "/no/such/python",
+        "--json",
+        str(out),
+    ]
     assert peers.main([str(model("mimo2").path), *options]) == 0
 
     said = capsys.readouterr().out
@@ -193,18 +295,17 @@ def test_absent_peers_are_no_errors(
     assert all(run.n_tokens == 12 for those in runs.values() for run in those)
     assert all(run.drafted == 0 for temp in (0.0, 0.8) for run in runs["stock", temp])
     assert all(run.drafted > 0 for temp in (0.0, 0.8) for run in runs["ours", temp])
+    assert all(run.cpu_seconds > 0 for those in runs.values() for run in those)
     each = [
-        math.sqrt(
-            math.prod(
-                runs["ours", temp][repeat].rate / runs["stock", temp][repeat].rate
-                for temp in (0.0, 0.8)
-            )
-        )
-        for repeat in range(2)
+        ours.rate / stock.rate
+        for temp in (0.0, 0.8)
+        for ours, stock in zip(runs["ours", temp], runs["stock", temp], strict=True)
     ]
-    mean = report["geometric_mean_ratios"]["ours / stock"]
-    assert (mean["low"], mean["high"]) == pytest.approx((min(each), max(each)))
-    assert mean["median"] == pytest.approx(sum(each) / 2)
+    means = report["geometric_mean_ratios"]["ours / stock"]
+    assert means["all"]["median"] == pytest.approx(math.prod(each) ** 0.25)
+    assert means["speed-ups"] == means["all"], "stock is our plain side"
+    assert set(means) == {"T 0", "T 0.8", "all", "speed-ups", "computing"}
+    assert report["repeats"] == 2
 
 
 def test_a_file_that_a_side_does_not_open_is_no_error(
@@ -220,18 +321,18 @@ def test_a_file_that_a_side_does_not_open_is_no_error(
 
 def test_a_side_that_dies_says_so_and_closing_leaves_no_process(model: ModelFactory) -> None:
     side = peers.Stock(HERE)
-    side.open(model("mimo2").path, 1, None, 512)
+    side.open(Setting(model("mimo2").path, 1, 512), 0)
     process = side._process
     assert process.poll() is None
     assert side.generate([5, 6, 7], 4, 0.0, 1).n_tokens == 4
     process.kill()
     process.wait()
     with pytest.raises(peers.PeerError, match=r"^some side died: "):
-        peers.measure({"some side": side}, [5, 6, 7], temp=0.0, repeats=1, max_tokens=4)
+        peers.measure({"some side": side}, {"p": [5, 6]}, temps=[0.0], repeats=1, max_tokens=4)
     side.close()
 
     other = peers.Stock(HERE)
-    other.open(model("mimo2").path, 1, None, 512)
+    other.open(Setting(model("mimo2").path, 1, 512), 0)
     other.close()
     assert other._process.poll() is not None
 
@@ -259,8 +360,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "predicted_n": body["n_predict"],
             "predicted_ms": 500.0,
             "prompt_ms": 10.0 * len(body["prompt"]),
-            "draft_n": int(options.get("--spec-draft-n-max", -1)),
-            "draft_n_accepted": int(options["-t"]),
+            "draft_n": int(options.get("--spec-draft-n-max", -("--spec-type" in options))),
+            "draft_n_accepted": int(options["-t"]) + 100 * ("--device" not in options),
         }})
 http.server.HTTPServer(("127.0.0.1", int(options["--port"])), Handler).serve_forever()
 """
@@ -308,7 +409,7 @@ def servers(tmp_path: Path) -> Places:
 
 def test_llama_server_is_started_asked_and_stopped(servers: Places) -> None:
     side = peers.LlamaServer(servers)
-    side.open(Path("model.gguf"), 2, 4, 512)
+    side.open(Setting(Path("model.gguf"), 2, 512), 4)
     assert side.flags.strip(" |") == "CPU : AVX2 = 1"
     assert side.generate([7, 8, 9], 21, 0.0, 1) == Run(21, 0.03, 0.5, 4, 2)
     side.close()
@@ -316,21 +417,28 @@ def test_llama_server_is_started_asked_and_stopped(servers: Places) -> None:
         side.generate([7, 8, 9], 21, 0.0, 1)
 
     side = peers.LlamaServer(servers)
-    side.open(Path("model.gguf"), 2, None, 512)
+    side.open(Setting(Path("model.gguf"), 2, 512), None)
     assert side.generate([7], 21, 0.0, 1).drafted == -1, "a depth was given"
+    side.close()
+
+    side = peers.LlamaServer(servers)
+    side.open(Setting(Path("model.gguf"), 2, 512, gpu_layers=-1), 0)
+    plain = side.generate([7], 21, 0.0, 1)
+    assert plain.drafted == 0, "it was told to draft"
+    assert plain.accepted > 100, "it was told to use no device"
     side.close()
 
 
 def test_a_server_that_does_not_start_is_quoted(servers: Places) -> None:
     side = peers.LlamaServer(servers)
     with pytest.raises(peers.PeerError, match=r"^cannot load the model$"):
-        side.open(Path("broken.gguf"), 1, None, 512)
+        side.open(Setting(Path("broken.gguf"), 1, 512), None)
     side.close()
 
 
 def test_the_example_server_is_timed_by_its_chunks(servers: Places) -> None:
     side = peers.ExampleServer(servers)
-    side.open(Path("model.gguf"), 1, 3, 512)
+    side.open(Setting(Path("model.gguf"), 1, 512), 3)
     run = side.generate([7, 8, 9], 21, 0.0, 1)
     side.close()
     # The request that pushes the last prompt out is not counted.

