@@ -480,7 +480,7 @@ def test_a_head_that_is_always_wrong_leaves_plain_decoding_alone(model: ModelFac
     assert swept.limits(0.0)[0].bound == (1.0, 0)
     # Each turn's object is new: it knows nothing yet of the head, and drafts.
     for last in fresh.generations[0].get("qa_factual", 0.0, "adaptive").counters:
-        assert last.num_drafts > 0
+        assert last.num_picks > 0
 
 
 @pytest.mark.parametrize("arch", ["qwen35", "hy_v3", "mimo2"])

@@ -408,4 +408,4 @@ def test_a_round_costs_microseconds(acceptance: list[float]) -> None:
         policy.observe(drafted, 7_000_000, classes, 100_000, drafted + 1, drafted)
 
     best = min(timeit.repeat(round_, number=2000, repeat=5)) / 2000
-    assert best < 200e-6  # measured 2 us plain, 50 us drafting; a slow machine takes more
+    assert best < 500e-6  # measured 2 us plain, 25 us drafting; a busy machine takes far more

@@ -439,7 +439,7 @@ def complete(
         with session.entry:
             _evaluate_with_rows(llama, prompt_tokens, echo_rows)
 
-    llama._tokens_wanted = max_tokens
+    llama.spec_tokens_wanted = max_tokens
     live: Any = None
 
     def see_row(input_ids: npt.NDArray[np.intc], row: npt.NDArray[np.single]) -> bool:

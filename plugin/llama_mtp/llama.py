@@ -116,7 +116,9 @@ class Llama(host.StockLlama):
         self._in_callback = False
         self._fields_set = 0
         self._generation: object | None = None  # whose text the context holds
-        self._tokens_wanted: int | None = None  # of the generation that begins next
+        #: Tokens that the next :meth:`generate` will be asked for, where that is known: no draft is
+        #: made beyond them. Completions set it themselves.
+        self.spec_tokens_wanted: int | None = None
         self._spec_memory: dict[tuple[str, str], int] = {}  # (context and part, device)
         for name in stock:  # the stock class swallows what it does not know
             if name.startswith("spec_") and name not in _STOCK_INIT.parameters:
@@ -317,7 +319,7 @@ class Llama(host.StockLlama):
         options = bound.arguments
         stopping_criteria = options["stopping_criteria"]
         with session.entry:
-            wanted, self._tokens_wanted = self._tokens_wanted, None
+            wanted, self.spec_tokens_wanted = self.spec_tokens_wanted, None
             chain = self._init_sampler(**{k: v for k, v in options.items() if k in _SAMPLING})
             self._sampler = chain
             address = ffi.cast("void *", host.address_of_sampler(chain))

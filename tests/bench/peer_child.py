@@ -86,6 +86,7 @@ class Library:
         llm = self.llm
         llm.reset()
         llm.set_seed(seed)
+        llm.spec_tokens_wanted = n  # as llama-server knows it; stock has no use for it
         tokens = 0
         start = first = time.perf_counter()
         for token in llm.generate(prompt, temp=temp, **SAMPLING):
