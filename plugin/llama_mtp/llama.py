@@ -171,6 +171,7 @@ class Llama(host.StockLlama):
                 draft = host.draft_context(
                     self._ctx,
                     self.context_params,
+                    n_ubatch=max(host.DRAFT_UBATCH, self._plan.depth + 2),
                     model=self._load_draft_model(),
                     shares_kv=self._plan.head.shares_kv,
                     all_outputs=self._plan.head.untested,
