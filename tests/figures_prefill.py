@@ -34,7 +34,7 @@ from rich.table import Table
 from llama_mtp import Llama
 from llama_mtp._engine import ffi, lib
 
-WINDOWS: tuple[int | None, ...] = (16, 64, 128, 256, 512, None)
+WINDOWS = (16, 64, 128, 256, 512, 0)
 DEPTH = 3
 
 
@@ -161,7 +161,7 @@ def main() -> None:
                 first, drafts, length, answers = acceptance(ours, prompts, a.answer)
                 reference = reference or answers
                 row = [
-                    "all" if window is None else str(window),
+                    str(window or "all"),
                     f"{first:.1%}",
                     f"{drafts:.1%}",
                     f"{length:.3f}",
