@@ -2,10 +2,17 @@
 
     python tests/figures_prefill.py MODEL.gguf [--tokens 1500] [--runs 5] [--prompts 4]
 
-For each window: the mean number of tokens a round at constant depth 3, greedy, over the same
-prompts and answers (exact, whatever else the machine does), and the time from the prompt to the
-second token against stock, as the median of the ratios of runs that alternate with stock. The
-prompts are passages of a text that this script makes from the sources beside it, in English.
+For each window, at constant depth 3, greedy, over the same prompts and answers (exact, whatever
+else the machine does): how many of the first drafts of a round were accepted, of all drafts, and
+tokens a round. Then times against stock, as medians of the ratios of runs that alternate with it:
+
+    read     what the draft context takes to read the prompt: in the first round that drafts, and
+             before, where it may not drop what does not fit its queue
+    first    from the prompt to the first token
+    plain    from the prompt to the second token, without drafts
+    drafted  the same with a round of one draft in between, which has the draft context read first
+
+The prompts are passages of this repository's README and of the sources beside this script.
 """
 
 from __future__ import annotations
@@ -25,57 +32,95 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_mtp import Llama
+from llama_mtp._engine import ffi, lib
 
-WINDOWS: tuple[int | None, ...] = (16, 64, 256, 1024, None)
-ANSWER = 128
+WINDOWS = (16, 64, 128, 256, 512, 0)
 DEPTH = 3
 
 
 def passages(llama: Any, n_tokens: int, n: int) -> Iterator[list[int]]:
     """Yield ``n`` prompts of ``n_tokens`` tokens, in the chat template's ChatML where it fits."""
-    files = sorted(Path(__file__).parent.glob("test_*.py"))
-    text = "\n".join(f.read_text(encoding="utf-8") for f in files)
-    tokens = llama.tokenize(text.encode(), add_bos=False)
-    head = llama.tokenize(b"<|im_start|>user\nRead this program.\n", special=True)
+    tests = Path(__file__).parent
+    files = sorted(tests.glob("test_*.py"))
+    texts = [[tests.parent / "README.md"], files]
+    head = llama.tokenize(b"<|im_start|>user\nRead this.\n", special=True)
     tail = llama.tokenize(
-        b"\nSay what it does.<|im_end|>\n<|im_start|>assistant\n", add_bos=False, special=True
+        b"\nSay what it is about.<|im_end|>\n<|im_start|>assistant\n", add_bos=False, special=True
     )
     size = n_tokens - len(head) - len(tail)
-    if size < 1 or n * size > len(tokens):
-        raise SystemExit(f"--tokens {n_tokens} times --prompts {n} is not what the text gives.")
-    step = len(tokens) // n
     for i in range(n):
-        yield [*head, *tokens[i * step : i * step + size], *tail]
+        text = "\n".join(f.read_text(encoding="utf-8") for f in texts[i % 2])
+        tokens = llama.tokenize(text.encode(), add_bos=False)
+        step = len(tokens) // -(-n // 2)
+        if not 0 < size <= step:
+            raise SystemExit(f"--tokens {n_tokens} times --prompts {n} is not what the texts give.")
+        start = i // 2 * step
+        yield [*head, *tokens[start : start + size], *tail]
 
 
-def seconds_to_second_token(llama: Any, prompt: list[int]) -> float:
-    """Read a prompt from nothing: the draft catches up before the second token."""
+def forget(llama: Any) -> None:
+    """Start from nothing: no prefix is reused, and no checkpoint."""
     llama.reset()
     llama._ctx.kv_cache_clear()
     llama.n_tokens = 0
+
+
+def draft_seconds(llama: Any) -> float:
+    """Seconds that the draft context has spent in decodes since it was made."""
+    counters = ffi.new("struct mtp_counters *")
+    lib.mtp_session_counters(llama._session._handle, counters)
+    return float(counters.draft_ns) / 1e9
+
+
+def seconds_to_tokens(llama: Any, prompt: list[int]) -> tuple[float, float]:
+    """Seconds from a prompt to the first and to the second token."""
+    forget(llama)
     start = time.perf_counter()
     stream = llama.generate(prompt, temp=0.0)
-    next(stream), next(stream)
-    done = time.perf_counter() - start
+    next(stream)
+    first = time.perf_counter() - start
+    next(stream)
+    second = time.perf_counter() - start
     stream.close()
-    return done
+    return first, second
 
 
-def tokens_a_round(llama: Any, prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
-    """Return the mean over all rounds of all prompts, and the answers."""
-    rounds = accepted = 0
+def timed(stock: Any, ours: Any, prompt: list[int], stock_first: bool) -> tuple[float, ...]:
+    """Ratios to stock of one reading of the prompt: read, first, plain, drafted."""
+    sides = {}
+    for side in ("stock", "plain", "drafted") if stock_first else ("drafted", "plain", "stock"):
+        if side == "stock":
+            sides[side] = seconds_to_tokens(stock, prompt)
+        else:
+            before = draft_seconds(ours)
+            with ours.spec_constant_depth(int(side == "drafted")):
+                sides[side] = seconds_to_tokens(ours, prompt)
+            if side == "drafted":
+                read = draft_seconds(ours) - before
+    first, second = sides["stock"]
+    plain, drafted = sides["plain"], sides["drafted"]
+    return read / first, plain[0] / first, plain[1] / second, drafted[1] / second
+
+
+def acceptance(
+    llama: Any, prompts: list[list[int]], n_tokens: int
+) -> tuple[float, float, float, list[list[int]]]:
+    """First drafts accepted, all drafts accepted, tokens a round; and the answers."""
+    rounds = drafted = accepted = 0
+    first, tested = 0, 0
     answers = []
     for prompt in prompts:
-        llama.reset()
-        llama._ctx.kv_cache_clear()
-        llama.n_tokens = 0
+        forget(llama)
         stream = llama.generate(prompt, temp=0.0)
-        answers.append(list(islice(stream, ANSWER)))
+        answers.append(list(islice(stream, n_tokens)))
         stream.close()
         last = llama.spec_stats.last
         rounds += last.num_drafts
+        drafted += last.num_draft_tokens
         accepted += last.num_accepted_tokens
-    return 1 + accepted / rounds, answers
+        first += last.num_accepted_per_pos[0]
+        tested += last.num_tested_per_pos[0]
+    return first / tested, accepted / drafted, 1 + accepted / rounds, answers
 
 
 def main() -> None:
@@ -83,11 +128,12 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=1500)
     parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--answer", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=5, help="0: acceptance alone")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     a = parser.parse_args()
     options: dict[str, Any] = {
-        "n_ctx": a.tokens + 2 * ANSWER,
+        "n_ctx": a.tokens + a.answer + 8,
         "n_threads": a.threads,
         "n_threads_batch": a.threads,
         "verbose": False,
@@ -97,9 +143,10 @@ def main() -> None:
         prompts = list(passages(stock, a.tokens, a.prompts))
         console = Console(width=100)
         table = Table(title=f"{a.prompts} prompts of {a.tokens} tokens, load {os.getloadavg()[0]}")
-        for column in ("window", "tokens a round", "prompt, ms", "stock, ms", "ratio", "same text"):
+        headings = ("window", "first draft", "drafts", "tokens a round", "same text")
+        for column in (*headings, "read", "first", "plain", "drafted"):
             table.add_column(column, justify="right")
-        first: list[list[int]] | None = None
+        reference: list[list[int]] | None = None
         for window in WINDOWS:
             with closing(
                 Llama(
@@ -111,26 +158,22 @@ def main() -> None:
                     **options,
                 )
             ) as ours:
-                mean, answers = tokens_a_round(ours, prompts)
-                console.print(
-                    f"window {window}: {mean:.3f} tokens a round"
-                )  # the rest takes longer
-                first = first or answers
-                times = []
-                for i in range(a.runs):
-                    prompt = prompts[i % len(prompts)]
-                    pair = [
-                        seconds_to_second_token(x, prompt) for x in (stock, ours)[:: 1 - i % 2 * 2]
-                    ]
-                    times.append(pair[:: 1 - i % 2 * 2])
-            table.add_row(
-                "all" if window is None else str(window),
-                f"{mean:.3f}",
-                f"{1e3 * median(t[1] for t in times):.0f}",
-                f"{1e3 * median(t[0] for t in times):.0f}",
-                f"{median(t[1] / t[0] for t in times):.3f}",
-                str(answers == first),
-            )
+                first, drafts, length, answers = acceptance(ours, prompts, a.answer)
+                reference = reference or answers
+                row = [
+                    str(window or "all"),
+                    f"{first:.1%}",
+                    f"{drafts:.1%}",
+                    f"{length:.3f}",
+                    str(answers == reference),
+                ]
+                console.print(*row)  # the rest takes longer
+                ratios = [
+                    timed(stock, ours, prompts[i % len(prompts)], stock_first=i % 2 == 0)
+                    for i in range(a.runs)
+                ]
+            columns = [median(kind) for kind in zip(*ratios, strict=True)]
+            table.add_row(*row, *(f"{ratio:.3f}" for ratio in columns))
         console.print(table)
 
 

@@ -38,6 +38,7 @@ N_WORDS = 251  # prime: no rotation has a shorter cycle
 FIRST_WORD = N_SPECIAL + N_BYTES
 N_VOCAB = FIRST_WORD + N_WORDS
 BOS, EOS = 1, 2
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 ARCHITECTURES = ("qwen35", "hy_v3", "mimo2")
 
@@ -208,7 +209,9 @@ def build(
         "output.weight": laid.output,
     }
     for il in range(trunk):
-        tensors |= _block(arch, il, rng, state_scale, recurrent=arch == "qwen35" and il % 2 == 0)
+        tensors |= decoder_block(
+            arch, il, rng, state_scale, recurrent=arch == "qwen35" and il % 2 == 0
+        )
 
     heads: list[Tokens] = []
     for k in range(n_nextn):
@@ -218,7 +221,7 @@ def build(
         if drop_head_tensors:
             continue
         il = trunk + k
-        tensors |= _block(arch, il, rng, 0.0, recurrent=False)
+        tensors |= decoder_block(arch, il, rng, 0.0, recurrent=False)
         project = np.zeros((N_EMBD, 2 * N_EMBD))  # [embedding half | hidden half]
         if head == "embedding":
             project[:, :N_EMBD] = np.eye(N_EMBD)
@@ -232,12 +235,19 @@ def build(
     if head_only:
         blocks = tuple(f"blk.{il}." for il in range(trunk))
         tensors = {name: t for name, t in tensors.items() if not name.startswith(blocks)}
-    _write(path, arch, trunk, n_nextn, tensors)
+    write_tensors(path, arch, trunk, n_nextn, tensors)
     return Model(path, arch, words[place], tuple(heads) if head == "embedding" else ())
 
 
-def _block(
-    arch: str, il: int, rng: np.random.Generator, scale: float, *, recurrent: bool
+def decoder_block(
+    arch: str,
+    il: int,
+    rng: np.random.Generator,
+    scale: float,
+    *,
+    recurrent: bool,
+    n_embd: int = N_EMBD,
+    n_ff: int = N_FF,
 ) -> dict[str, npt.NDArray[Any]]:
     """Return a decoder block that adds ``scale`` to a residual stream of size 1; 0 adds nothing."""
 
@@ -247,30 +257,30 @@ def _block(
     width = N_HEAD * HEAD_DIM
     after = "post_attention_norm" if arch == "qwen35" else "ffn_norm"
     block: dict[str, npt.NDArray[Any]] = {
-        "attn_norm.weight": np.ones(N_EMBD),
-        f"{after}.weight": np.ones(N_EMBD),
-        "ffn_gate.weight": dense(N_FF, N_EMBD),
-        "ffn_up.weight": dense(N_FF, N_EMBD),
-        "ffn_down.weight": dense(N_EMBD, N_FF, scale),
+        "attn_norm.weight": np.ones(n_embd),
+        f"{after}.weight": np.ones(n_embd),
+        "ffn_gate.weight": dense(n_ff, n_embd),
+        "ffn_up.weight": dense(n_ff, n_embd),
+        "ffn_down.weight": dense(n_embd, n_ff, scale),
     }
     if recurrent:
         block |= {
-            "attn_qkv.weight": dense(3 * width, N_EMBD),
-            "attn_gate.weight": dense(width, N_EMBD),
+            "attn_qkv.weight": dense(3 * width, n_embd),
+            "attn_gate.weight": dense(width, n_embd),
             "ssm_conv1d.weight": rng.normal(0, 0.7, (3 * width, 4)),
             "ssm_dt.bias": rng.normal(0, 0.5, N_HEAD),
             "ssm_a": -rng.uniform(0.02, 0.3, N_HEAD),
-            "ssm_beta.weight": dense(N_HEAD, N_EMBD),
-            "ssm_alpha.weight": dense(N_HEAD, N_EMBD),
+            "ssm_beta.weight": dense(N_HEAD, n_embd),
+            "ssm_alpha.weight": dense(N_HEAD, n_embd),
             "ssm_norm.weight": np.ones(HEAD_DIM),
-            "ssm_out.weight": dense(N_EMBD, width, scale),
+            "ssm_out.weight": dense(n_embd, width, scale),
         }
     else:
         # Sharp attention: the block picks single tokens out of the history, not its mean.
         sharp = 1.0 if arch != "mimo2" else 1.7
         gated = 2 if arch == "qwen35" else 1
-        query = dense(gated * width, N_EMBD, sharp)
-        key, value = dense(width, N_EMBD, sharp), dense(width, N_EMBD)
+        query = dense(gated * width, n_embd, sharp)
+        key, value = dense(width, n_embd, sharp), dense(width, n_embd)
         if arch == "mimo2":
             block["attn_qkv.weight"] = np.concatenate([query, key, value])
         else:
@@ -281,24 +291,34 @@ def _block(
                 "attn_q_norm.weight": np.full(HEAD_DIM, 1.7),
                 "attn_k_norm.weight": np.full(HEAD_DIM, 1.7),
             }
-        block["attn_output.weight"] = dense(N_EMBD, width, scale)
+        block["attn_output.weight"] = dense(n_embd, width, scale)
     for name in ("ffn_down", "attn_output", "ssm_out"):
         if f"{name}.weight" in block:
             block[f"{name}.weight"][:2] = 0  # the constant dimension stays constant
     return {f"blk.{il}.{name}": tensor for name, tensor in block.items()}
 
 
-def _write(
-    path: Path, arch: str, trunk: int, n_nextn: int, tensors: dict[str, npt.NDArray[Any]]
+def write_tensors(
+    path: Path,
+    arch: str,
+    trunk: int,
+    n_nextn: int,
+    tensors: dict[str, npt.NDArray[Any]],
+    *,
+    n_embd: int = N_EMBD,
+    n_ff: int = N_FF,
+    words: Sequence[str] = (),
+    chat_template: str = CHAT_TEMPLATE,
 ) -> None:
+    """Write the file; ``words`` are the texts of the words, default: letters and pairs of them."""
     n_layer = trunk + n_nextn
     part = path.with_suffix(".part")
     w = gguf.GGUFWriter(part, arch)
     w.add_name(f"constructed {arch}")
     w.add_context_length(N_CTX_TRAIN)
-    w.add_embedding_length(N_EMBD)
+    w.add_embedding_length(n_embd)
     w.add_block_count(n_layer)
-    w.add_feed_forward_length(N_FF)
+    w.add_feed_forward_length(n_ff)
     w.add_head_count(N_HEAD)
     w.add_head_count_kv(N_HEAD)
     w.add_key_length(HEAD_DIM)
@@ -318,7 +338,7 @@ def _write(
         w.add_ssm_group_count(N_HEAD)
     else:
         w.add_rope_dimension_count(HEAD_DIM)
-        w.add_expert_feed_forward_length(N_FF)
+        w.add_expert_feed_forward_length(n_ff)
     if arch == "mimo2":
         w.add_sliding_window(WINDOW)
         # The first layer of the trunk and the heads slide, as in the models of this family.
@@ -326,7 +346,7 @@ def _write(
             f"{arch}.attention.sliding_window_pattern",
             [il == 0 or il >= trunk for il in range(n_layer)],
         )
-    _add_vocabulary(w)
+    _add_vocabulary(w, words, chat_template)
     for name, tensor in tensors.items():
         w.add_tensor(name, np.ascontiguousarray(tensor, dtype=np.float32))
     w.write_header_to_file()
@@ -336,21 +356,22 @@ def _write(
     os.replace(part, path)
 
 
-def _add_vocabulary(w: Any) -> None:
+def _add_vocabulary(w: Any, words: Sequence[str] = (), chat_template: str = CHAT_TEMPLATE) -> None:
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     pairs = [a + b for a in letters for b in "aeiouynrst"]
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(N_BYTES))]
-    texts += (["\u2581", *letters, *pairs, *map(str, range(N_WORDS))])[:N_WORDS]
+    words = words or (["\u2581", *letters, *pairs])[:N_WORDS]
+    texts += words
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
-    kinds += [gguf.TokenType.BYTE] * N_BYTES + [gguf.TokenType.NORMAL] * N_WORDS
+    kinds += [gguf.TokenType.BYTE] * N_BYTES + [gguf.TokenType.NORMAL] * len(words)
     w.add_tokenizer_model("llama")
     w.add_tokenizer_pre("default")
     w.add_token_list(texts)
-    w.add_token_scores([-float(i) for i in range(N_VOCAB)])
+    w.add_token_scores([-float(i) for i in range(len(texts))])
     w.add_token_types([int(kind) for kind in kinds])
     w.add_unk_token_id(0)
     w.add_bos_token_id(BOS)
     w.add_eos_token_id(EOS)
     w.add_add_bos_token(True)
     w.add_add_space_prefix(False)
-    w.add_chat_template("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    w.add_chat_template(chat_template)

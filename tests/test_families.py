@@ -30,6 +30,7 @@ from llama_mtp.gguf_tools.header import read_header
 from llama_mtp.gguf_tools.inspect import check_head
 from llama_mtp.host import C
 from llama_mtp.identity import check_identity, clear, fresh_text, text
+from llama_mtp.settings import PREFILL_WINDOW
 
 DEPTH = 3
 # Small batches: a prompt takes several, so that the draft context catches up in several steps.
@@ -130,7 +131,7 @@ class Case:
 
 @contextmanager
 def opened(
-    arch: str, n_heads: int, folder: Path, window: int | None = None, **more: Any
+    arch: str, n_heads: int, folder: Path, window: int | None = 0, **more: Any
 ) -> Iterator[Case]:
     """Write a family's model, and open it three times."""
     files = FAMILIES[arch].build(folder, n_heads, 1)
@@ -327,13 +328,16 @@ def test_sliding_windows_that_have_moved_on(arch: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch,n_heads", [("qwen35", 1), ("step35", 3), ("gemma4-assistant", 1)])
-@pytest.mark.parametrize("window", [6, 40])  # the larger one takes two batches
+@pytest.mark.parametrize(
+    ("given", "window", "size"),
+    [(6, 6, 70), (40, 40, 70), (None, PREFILL_WINDOW, 300)],  # the larger ones take more batches
+)
 def test_a_prefill_window_is_where_the_draft_begins(
-    arch: str, n_heads: int, window: int, tmp_path: Path
+    arch: str, n_heads: int, given: int | None, window: int, size: int, tmp_path: Path
 ) -> None:
     """The naive drafter begins at the same token, with its true row; the text does not change."""
-    with opened(arch, n_heads, tmp_path, window) as case:
-        prompt = case.prompt(70, 12)
+    with opened(arch, n_heads, tmp_path, given) as case:
+        prompt = case.prompt(size, 12)
         assert text(case.ours, prompt, 40, **GREEDY) == fresh_text(case.stock, prompt, 40, **GREEDY)
         rounds = case.watch.rounds
         shared = arch == "gemma4-assistant"
@@ -343,7 +347,7 @@ def test_a_prefill_window_is_where_the_draft_begins(
         for a_round in [*drafted[:4], drafted[-1]]:
             assert a_round.unknown == ()
             assert list(a_round.drafts) == case.reference.drafts(
-                a_round.history, case.depth, start=0 if shared else 70 - window
+                a_round.history, case.depth, start=0 if shared else size - window
             )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import cycles
 import gguf
 import llama_cpp
 import models
@@ -18,6 +19,7 @@ import pytest
 from conftest import COMMON, ModelFactory
 
 from llama_mtp import Llama
+from llama_mtp.bench import PROMPTS, chat_tokens, generate
 from llama_mtp.gguf_tools.entries import metadata_of
 from llama_mtp.gguf_tools.header import read_header
 from llama_mtp.gguf_tools.quantize import requantize, type_number
@@ -147,3 +149,97 @@ def test_rate_reads_the_trunk_once(model: ModelFactory) -> None:
     read = sum(weights.values()) - head - weights["token_embd.weight"]
     assert f"reads {int(read) / 1e9:.3f} GB" in done.stdout
     assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["1", "2"]
+
+
+# --- a hybrid model whose head is right after a known share of the words --------------------------
+
+SHARES = (0.9, 0.5, 0.0)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> cycles.Cycles:
+    path = tmp_path_factory.mktemp("cycles") / "small.gguf"
+    return cycles.build(path, n_embd=256, shares=SHARES, period=20)
+
+
+def first_rounds(path: Path, words: npt.NDArray[np.int64], **options: Any) -> tuple[int, int]:
+    """Drafted and accepted in one round of one draft after each of the words of a cycle."""
+    with Llama(
+        str(path), spec_type="draft-mtp", spec_draft_adaptive=False, **{**COMMON, **options}
+    ) as llm:
+        with llm.spec_constant_depth(1):
+            for word in words:
+                # The first token is the next word of the cycle, the second comes from the round.
+                assert len(list(islice(llm.generate([int(word)], temp=0.0), 2))) == 2
+        return llm.spec_stats.num_draft_tokens, llm.spec_stats.num_accepted_tokens
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_0"])
+def test_each_class_accepts_the_share_that_it_was_made_with(
+    made: cycles.Cycles, tmp_path: Path, kind: str
+) -> None:
+    small = stored_as(made.model.path, tmp_path / "small.gguf", kind)
+    big = inflated(small, tmp_path / "big.gguf", "--layers", 8)
+    for path in (small, big):
+        found = [first_rounds(path, words) for words in made.words]
+        assert found == [(20, 18), (20, 10), (20, 0)]
+
+
+def test_the_head_is_as_sure_as_it_was_made(made: cycles.Cycles) -> None:
+    # Sure of the right words and not of the wrong ones, but for a tenth of each, rounded.
+    sure = made.sure.sum(axis=1).tolist()
+    assert sure == [18 - 2 + 0, 10 - 1 + 1, 0 + 2]
+    for threshold, expected in ((0.35, [20] * 3), (0.45, sure), (0.85, sure), (0.95, [0] * 3)):
+        found = [first_rounds(made.model.path, w, spec_draft_p_min=threshold) for w in made.words]
+        assert [drafted for drafted, _ in found] == expected, threshold
+
+
+@pytest.mark.parametrize("temp", [0.0, 1.0])
+def test_the_prompts_of_the_bench_start_a_cycle_each(made: cycles.Cycles, temp: float) -> None:
+    with Llama(
+        str(made.model.path), spec_type="draft-mtp", spec_draft_adaptive=False, **COMMON
+    ) as llm:
+        for k, prompt in enumerate(PROMPTS.values()):
+            tokens = chat_tokens(llm, prompt)
+            text = generate(llm, tokens, 60, temp=temp).tokens
+            assert set(text) <= set(made.words[k % 3].tolist())
+            follows = sum(made.model.follow[a] == b for a, b in pairwise(text))
+            assert (follows == 59) if temp == 0 else (30 < follows < 59)
+            expected = models.expected_acceptance(made.model, tokens, text, 3)
+            last = llm.spec_stats.last
+            assert last is not None
+            assert last.num_accepted_per_pos == expected.accepted_per_pos(3)
+            assert last.num_tested_per_pos == expected.tested_per_pos(3)
+
+
+def test_any_prompt_that_ends_in_a_digit_starts_that_cycle(made: cycles.Cycles) -> None:
+    with Llama(str(made.model.path), spec_type="none", **COMMON) as llm:
+        for k in range(3):
+            text = generate(llm, llm.tokenize(f"What you like {k}".encode()), 30).tokens
+            assert set(text) <= set(made.words[k].tolist())
+
+
+def test_hybrid_writes_the_type_and_the_shares_that_were_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "hybrid.gguf"
+    size = ("--width", 256, "--period", 20)
+    done = script("hybrid.py", file, "--type", "Q8_0", "--shares", "0.5,0.25", *size)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[-1] for line in done.stdout.splitlines()[2:4]] == ["0.50", "0.25"]
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(file).tensors}
+    assert types["blk.4.nextn.eh_proj.weight"] == types["blk.0.ffn_down.weight"] == "Q8_0"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--width", 256), "do not fit a width of 256"),
+        (("--doubtful", 0.2), "doubtful in 0.25 to 1"),
+    ],
+)
+def test_hybrid_says_what_cannot_be_had(
+    tmp_path: Path, options: tuple[object, ...], message: str
+) -> None:
+    done = script("hybrid.py", tmp_path / "hybrid.gguf", *options)
+    assert done.returncode != 0
+    assert message in " ".join(done.stderr.replace("\u2502", " ").split())
+    assert not list(tmp_path.iterdir())

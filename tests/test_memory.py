@@ -6,6 +6,7 @@ The sizes are the host's own words, read off its log while it makes the contexts
 from __future__ import annotations
 
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,52 @@ def test_the_draft_context_holds_one_layer(model: ModelFactory, arch: str) -> No
         *(f"target {part}" for part in ("KV", "RS", "compute", "output")),
         *(f"draft {part}" for part in ("KV", "compute", "output")),
     }
+
+
+def draft_ubatch(llm: Llama) -> int:
+    assert llm._session is not None and llm._session.draft_context is not None
+    return int(llama_cpp.llama_n_ubatch(llm._session.draft_context.ctx))
+
+
+def test_the_draft_context_computes_few_rows_at_a_time(
+    model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m = model("mimo2", head="hidden")
+    options: dict[str, Any] = {**OPTIONS, "n_batch": 512, "n_ubatch": 512, "n_threads": 1}
+    prompt = m.text(300)  # read in five parts; a wrong hidden row would show in what is accepted
+    sizes, texts = {}, {}
+    for n_ubatch in (512, host.DRAFT_UBATCH):
+        monkeypatch.setattr(host, "DRAFT_UBATCH", n_ubatch)
+        with Llama(
+            str(m.path), spec_type="draft-mtp", spec_draft_adaptive=False, **options
+        ) as fast:
+            assert draft_ubatch(fast) == n_ubatch
+            texts[n_ubatch] = list(islice(fast.generate(prompt, temp=0.0), 40))
+            expected = models.expected_acceptance(m, prompt, texts[n_ubatch], 3)
+            last = fast.spec_stats.last
+            assert last is not None
+            assert last.num_accepted_per_pos == expected.accepted_per_pos(3)
+            sizes[n_ubatch] = fast.spec_memory()["draft compute"]
+    few, many = sorted(sizes)
+    assert texts[few] == texts[many]
+    assert sizes[few] == pytest.approx(sizes[many] * few / many, abs=2 * ROUNDING)
+
+
+@pytest.mark.parametrize(("bound", "n_ubatch"), [(3, 64), (62, 64), (64, 66)])
+def test_a_round_of_drafts_is_computed_in_one_part(
+    model: ModelFactory, bound: int, n_ubatch: int
+) -> None:
+    with Llama(
+        str(model("hy_v3").path), spec_type="draft-mtp", spec_draft_n_max=bound, **OPTIONS
+    ) as fast:
+        assert draft_ubatch(fast) == n_ubatch
+
+
+def test_the_draft_context_computes_no_more_rows_than_the_target(model: ModelFactory) -> None:
+    with Llama(
+        str(model("hy_v3").path), spec_type="draft-mtp", **{**OPTIONS, "n_ubatch": 16}
+    ) as fast:
+        assert draft_ubatch(fast) == 16
 
 
 def test_the_draft_cache_has_types_of_its_own(model: ModelFactory) -> None:
@@ -108,7 +155,7 @@ class Trimmed(llama_cpp.Llama):
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
-def test_with_a_large_vocabulary_mtp_takes_less_than_stock_without_it(
+def test_with_a_large_vocabulary_mtp_takes_less_than_stock_and_hardly_more_than_a_trimmed_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -138,6 +185,7 @@ def test_with_a_large_vocabulary_mtp_takes_less_than_stock_without_it(
             f"({total / trimmed - 1:+.1%}: the draft context)"
         )
     assert total < stock
+    assert total < 1.1 * trimmed
     # Nothing but the draft context, the head's weights and the snapshots comes on top.
     for part in ("KV", "compute", "output"):
         assert ours[f"target {part}"] == pytest.approx(sizes[Trimmed][part], abs=2 * ROUNDING)

@@ -479,7 +479,7 @@ def test_a_prefill_window_spares_the_draft_the_prompt(
     model: ModelFactory, stock: StockFactory, ours: LlamaFactory
 ) -> None:
     m = model("hy_v3", head="hidden")
-    plain, fast, all_ = stock(m), ours(m, spec_prefill_window=32), ours(m)
+    plain, fast, all_ = stock(m), ours(m, spec_prefill_window=32), ours(m, spec_prefill_window=0)
     prompt = m.text(300)
     expected = fresh_text(plain, prompt, 60, **SAMPLED)
     assert text(fast, prompt, 60, **SAMPLED) == text(all_, prompt, 60, **SAMPLED) == expected
@@ -494,11 +494,11 @@ def test_prefill_window_and_environment(
 ) -> None:
     path = str(model("hy_v3").path)
     with Llama(path, **COMMON) as fast:
-        assert fast.__getstate__()["spec_prefill_window"] is None
+        assert fast.__getstate__()["spec_prefill_window"] == 256
     monkeypatch.setenv("LLAMA_MTP_PREFILL_WINDOW", "64")
     with Llama(path, **COMMON) as fast:
         assert fast.__getstate__()["spec_prefill_window"] == 64
     with Llama(path, spec_prefill_window=9, **COMMON) as fast:
         assert fast.__getstate__()["spec_prefill_window"] == 9
     with pytest.raises(SpecTypeError, match="spec_prefill_window"):
-        Llama(path, spec_prefill_window=0, **COMMON)
+        Llama(path, spec_prefill_window=-1, **COMMON)

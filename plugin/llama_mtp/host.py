@@ -26,6 +26,7 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer as StockTokenizer
 from .errors import HostVersionError, NativeError
 
 __all__ = [
+    "DRAFT_UBATCH",
     "BufferSizes",
     "C",
     "LlamaRAMCache",
@@ -56,6 +57,11 @@ __all__ = [
 ]
 
 _OLDEST = (0, 3, 36)
+
+# Rows that a draft context computes at a time. Its compute buffer is proportional to them, and one
+# block reads a prompt hardly slower in so small parts: tests/figures_catch_up.py. A round of
+# drafts, which has a row more than what it verified, goes in one part however deep it is.
+DRAFT_UBATCH = 64
 
 # llama-ext.h is not extern "C": plain name, Itanium ABI, MSVC ABI.
 _MANGLED = {
@@ -258,6 +264,7 @@ def draft_context(
     target: Any,
     params: Any,
     *,
+    n_ubatch: int,
     model: Any | None = None,
     shares_kv: bool = False,
     all_outputs: bool = False,
@@ -267,12 +274,14 @@ def draft_context(
 ) -> Any:
     """Make the draft context from the target's own model: no tensor is loaded twice.
 
-    It follows the target's ``llama_context_params`` (n_ctx, batch sizes, threads, offload, flash
-    attention, rope) and differs where MTP needs it to: one output, no snapshots, its own KV types
-    (default: the host's default, F16). Being an ``internals.LlamaContext`` it is freed before its
-    model whatever order Python drops things in.
+    It follows the target's ``llama_context_params`` (n_ctx, n_batch, threads, offload, flash
+    attention, rope) and differs where MTP needs it to: one output, no snapshots, fewer rows at a
+    time, its own KV types (default: the host's default, F16). Being an ``internals.LlamaContext``
+    it is freed before its model whatever order Python drops things in.
 
     Args:
+        n_ubatch: most rows that are computed at a time, never more than the target's; the compute
+            buffer is proportional to it.
         model: a second model that holds the head; default: the target's.
         shares_kv: the head reads the target's KV cache and takes its types.
         all_outputs: every row of a decode may be an output.
@@ -282,6 +291,7 @@ def draft_context(
     mine = type(params).from_buffer_copy(params)
     defaults = C.llama_context_default_params()
     mine.n_ctx = C.llama_n_ctx(target.ctx)
+    mine.n_ubatch = min(n_ubatch, mine.n_ubatch)
     mine.ctx_type = C.LLAMA_CONTEXT_TYPE_MTP
     mine.ctx_other = target.ctx if shares_kv else None
     mine.n_seq_max = 1

@@ -75,8 +75,8 @@ class Llama(host.StockLlama):
         spec_allow_untested: draft also with an architecture whose head no release of this package
             has run; libllama may abort the process.
         spec_prefill_window: the draft context reads at most this many tokens of what it has not
-            seen (a prompt, a long stretch without drafts) and forgets the rest; ``None`` (the
-            default): all of them.
+            seen (a prompt, a long stretch without drafts) and forgets the rest (default 256; 0: all
+            of them).
 
     The environment variables ``LLAMA_ARG_SPEC_TYPE``, ``LLAMA_ARG_SPEC_DRAFT_N_MAX``,
     ``..._N_MIN``, ``..._P_MIN`` and ``..._MODEL``, ``LLAMA_ARG_CTX_CHECKPOINTS`` and
@@ -174,6 +174,7 @@ class Llama(host.StockLlama):
                 draft = host.draft_context(
                     self._ctx,
                     self.context_params,
+                    n_ubatch=max(host.DRAFT_UBATCH, self._plan.depth + 2),
                     model=self._load_draft_model(),
                     shares_kv=self._plan.head.shares_kv,
                     all_outputs=self._plan.head.untested,

@@ -21,6 +21,7 @@ logger = logging.getLogger("llama_mtp")
 
 MAX_DEPTH = 64  # more rows than this in a verify batch never pay
 MAX_CHECKPOINTS = 1024
+PREFILL_WINDOW = 256  # more costs prompts more, less costs drafts: tests/figures_prefill.py
 DEPTHS = ("adaptive", "fixed")
 
 _T = TypeVar("_T")
@@ -41,7 +42,7 @@ class SpecOptions:
     checkpoints: int = 0
     draft_model: str | None = None
     allow_untested: bool = False
-    prefill_window: int | None = None  # None: the draft context reads everything
+    prefill_window: int = PREFILL_WINDOW  # 0: the draft context reads everything
 
     @property
     def explicit(self) -> bool:
@@ -123,7 +124,7 @@ def read_options(
         checkpoints=_choose(checkpoints, "LLAMA_ARG_CTX_CHECKPOINTS", int, 4),
         draft_model=_choose(draft_model, "LLAMA_ARG_SPEC_DRAFT_MODEL", str, None),
         allow_untested=_choose(allow_untested, "LLAMA_MTP_ALLOW_UNTESTED", _switch, False),
-        prefill_window=_choose(prefill_window, "LLAMA_MTP_PREFILL_WINDOW", int, None),
+        prefill_window=_choose(prefill_window, "LLAMA_MTP_PREFILL_WINDOW", int, PREFILL_WINDOW),
     )
     if not isinstance(options.spec_type, str):
         raise SpecTypeError(f"spec_type must be a string, got {options.spec_type!r}.")
@@ -150,10 +151,10 @@ def read_options(
             f"spec_checkpoints must be between 0 and {MAX_CHECKPOINTS}, got {options.checkpoints}; "
             "0 keeps none."
         )
-    if options.prefill_window is not None and options.prefill_window < 1:
+    if options.prefill_window < 0:
         raise SpecTypeError(
-            f"spec_prefill_window must be at least 1, got {options.prefill_window}; "
-            "None reads everything."
+            f"spec_prefill_window must not be negative, got {options.prefill_window}; "
+            "0 reads everything."
         )
     return options
 
