@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=1500)
     parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--windows", type=int, nargs="+", default=WINDOWS, help="0: all rows")
     parser.add_argument("--answer", type=int, default=128)
     parser.add_argument("--runs", type=int, default=5, help="0: acceptance alone")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -147,7 +148,7 @@ def main() -> None:
         for column in (*headings, "read", "first", "plain", "drafted"):
             table.add_column(column, justify="right")
         reference: list[list[int]] | None = None
-        for window in WINDOWS:
+        for window in a.windows:
             with closing(
                 Llama(
                     str(a.model),
