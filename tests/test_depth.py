@@ -266,6 +266,22 @@ def test_follows_the_cost() -> None:
     assert sim.run(policy, 2000) <= 1.05 * sim.best_constant(3)[0]
 
 
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+@pytest.mark.parametrize("acceptance", [WEAK, STRONG], ids=["weak", "strong"])
+def test_a_plain_decode_that_was_timed_wrongly_is_found_out(
+    factor: float, acceptance: list[float]
+) -> None:
+    """A neighbour that was busy, or pages that had to be read, while the first rounds ran."""
+    sim = Simulator("small-bf16", acceptance, 6)
+    policy = sim.policy(3)
+    truth = sim.rows_ms
+    sim.rows_ms = [factor * truth[0], *truth[1:]]
+    sim.run(policy, 8)
+    sim.rows_ms = truth
+    sim.run(policy, 300)
+    assert sim.run(policy, 2000) <= 1.03 * sim.best_constant(3)[0]
+
+
 def test_looks_back_off_to_their_budget() -> None:
     sim = Simulator("small-q4_1", WEAK, 2)
     policy = sim.policy(3)

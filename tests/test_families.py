@@ -327,7 +327,9 @@ def test_sliding_windows_that_have_moved_on(arch: str, tmp_path: Path) -> None:
         case.check_drafts(case.watch.rounds[-60::12])
 
 
-@pytest.mark.parametrize("arch,n_heads", [("qwen35", 1), ("step35", 3), ("gemma4-assistant", 1)])
+@pytest.mark.parametrize(
+    "arch,n_heads", [("qwen35", 1), ("step35", 3), ("deepseek4", 1), ("gemma4-assistant", 1)]
+)
 @pytest.mark.parametrize(
     ("given", "window", "size"),
     [(6, 6, 70), (40, 40, 70), (None, PREFILL_WINDOW, 300)],  # the larger ones take more batches

@@ -489,6 +489,26 @@ def test_a_prefill_window_spares_the_draft_the_prompt(
     assert text(fast, again, 60, **SAMPLED) == expected
 
 
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+def test_the_host_keeps_no_hidden_rows_of_what_the_draft_will_not_read(
+    model: ModelFactory, ours: LlamaFactory, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches wholly before the window cost what they cost in stock; the rest has its rows."""
+    fast = ours(model(arch), spec_prefill_window=32, n_batch=64, n_ubatch=64)
+    session, kept = fast._session, []
+    capture = session.capture
+
+    def watched(batch: Any) -> None:
+        kept.append((batch.pos[batch.n_tokens - 1] + 1, session._keeps_rows))
+        capture(batch)
+
+    monkeypatch.setattr(session, "capture", watched)
+    text(fast, model(arch).text(300), 30, **GREEDY)
+    assert [end for end, rows in kept if rows] == [end for end, _ in kept if end > 300 - 33]
+    assert any(not rows for _, rows in kept)
+    assert fast.spec_stats.last.num_accepted_tokens > 5
+
+
 def test_prefill_window_and_environment(
     model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,6 +147,7 @@ struct mtp_counters {
     int64_t target_ns, draft_ns, sample_ns, total_ns; /* total: inside this library; the rest are its host calls */
     int64_t n_replayed;        /* target rows decoded once more after a rejection (checkpoint rollback) */
     int64_t n_state_bytes;     /* recurrent state copied out of and into the target's memory */
+    int64_t n_row_bytes;       /* held now for hidden rows and tokens that wait for the draft, or have waited */
 };
 
 typedef struct mtp_session mtp_session;
@@ -175,6 +176,12 @@ int mtp_compare_vocabularies(const struct mtp_host_api * api, const struct mtp_h
  * Copies the hidden rows; decodes them in the draft context when more than n_batch are waiting, or drops them where a
  * prefill window has no use for them. */
 int mtp_capture(mtp_session * session, const int32_t * tokens, int32_t n, int32_t pos);
+
+/* Whether the host keeps hidden rows, from its next decode on (on = 1, as at first). Without them its last block computes
+ * only the rows that have logits, and mtp_capture takes nothing: the draft starts anew behind what it was not shown. For
+ * the part of a prompt that a prefill window leaves out. A round needs them on. After switching them on the caller has
+ * the host plan its buffers anew, where its plan may not have room for them. */
+int mtp_keep_rows(mtp_session * session, int on);
 
 /* --- one call per token ------------------------------------------------------------------------------------------ */
 

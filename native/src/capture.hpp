@@ -35,6 +35,10 @@ class capture_queue {
     // False: hidden(decoded()) is zero, because nobody captured it.
     bool knows_first_row() const;
 
+    int64_t n_bytes() const {
+        return static_cast<int64_t>(rows_.capacity() * sizeof(float) + tokens_.capacity() * sizeof(int32_t));
+    }
+
     // Length of the common prefix with tokens at positions pos..pos+n-1, counted from pos.
     int32_t common(const int32_t * tokens, int32_t n, int32_t pos) const;
 

@@ -366,6 +366,10 @@ int mtp_capture(mtp_session * session, const int32_t * tokens, int32_t n, int32_
     return enter(session, [&](mtp_session & s) { s.capture(tokens, n, pos); });
 }
 
+int mtp_keep_rows(mtp_session * session, int on) {
+    return enter(session, [&](mtp_session & s) { s.target.keep_rows(on != 0); });
+}
+
 int mtp_next(mtp_session * session, void * sampler, int32_t last, int32_t pos, const mtp_rule * rule, mtp_step * step) {
     return enter(session, [&](mtp_session & s) {
         require(step != nullptr, "step is NULL");
@@ -475,6 +479,7 @@ void mtp_session_counters(const mtp_session * session, mtp_counters * out) {
         out->n_draft_decodes  = session->drafter->n_decodes;
         out->n_draft_restarts = session->drafter->n_restarts;
         out->draft_ns         = session->drafter->ns;
+        out->n_row_bytes      = session->drafter->queue().n_bytes();
     }
 }
 

@@ -38,7 +38,17 @@ void verifier::close_round() {
     spare_ = spare_right_ = -1;
 }
 
+void verifier::keep_rows(bool on) {
+    if (on != keeps_rows_ && params_.draft != nullptr) {
+        api_.set_embeddings_nextn(params_.target, on, false);
+    }
+    keeps_rows_ = on;
+}
+
 const float * verifier::hidden_rows() {
+    if (!keeps_rows_) {
+        return nullptr;
+    }
     stopwatch     watch(ns);
     const float * rows = api_.get_embeddings_nextn(params_.target);
     return rows != nullptr ? rows + static_cast<size_t>(first_row_) * params_.n_embd : nullptr;
@@ -172,6 +182,9 @@ int32_t verifier::decode() {
 }
 
 void verifier::verify(int32_t last, int32_t pos, const int32_t * drafts, int32_t n, int32_t spare) {
+    if (!keeps_rows_) {
+        throw failure(MTP_INVALID, "hidden rows are switched off; switch them on before a round");
+    }
     live_row_ = -1;
     if (has_copies() && !make_ready(n > 0)) {
         n     = 0;

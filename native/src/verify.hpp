@@ -42,6 +42,9 @@ class verifier {
     // Someone else decoded n rows of sequence 0 from pos; only the last is known to have logits.
     void observe_decode(int32_t n, int32_t pos);
 
+    // Whether the host keeps hidden rows, from its next decode on. A round needs them.
+    void keep_rows(bool on);
+
     // Someone else replaced the memory; it ends at n_past and nothing can be taken back in a recurrent trunk.
     void forget(int32_t n_past);
 
@@ -78,7 +81,7 @@ class verifier {
     int32_t spare() const { return spare_right_; }
     int32_t host_end() const { return api_.memory_seq_pos_max(memory_, 0) + 1; }
 
-    // Hidden rows of the last decode from `last` on, n_embd floats each; NULL when the host has none.
+    // Hidden rows of the last decode from `last` on, n_embd floats each; NULL when the host has none, or keeps none.
     const float * hidden_rows();
 
     const std::vector<int32_t> & row_tokens() const { return row_tokens_; }
@@ -116,6 +119,7 @@ class verifier {
     int32_t                  first_row_ = 0;  // batch row of `last`: rows before it are replayed
     int32_t                  live_row_  = -1;
     bool                     rejected_  = false;
+    bool                     keeps_rows_  = true;
     int32_t                  spare_       = -1;
     int32_t                  spare_right_ = -1;
     const int32_t            replay_max_;

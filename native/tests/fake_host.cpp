@@ -385,10 +385,14 @@ int32_t get_sampled_token_ith(void * ctx, int32_t i) {
 }
 
 void set_embeddings_nextn(void * ctx, bool value, bool masked) {
-    CHECK(value && masked == (!is_target(of(ctx)) && (current->opt.gathers || current->opt.all_outputs)));
+    context & c = of(ctx);
+    CHECK(value || is_target(c));
+    CHECK(masked == (!is_target(c) && (current->opt.gathers || current->opt.all_outputs)));
+    c.keeps_rows = value;
 }
 
 float * get_embeddings_nextn(void * ctx) {
+    CHECK(of(ctx).keeps_rows);
     return current->fails("get_embeddings_nextn") ? nullptr : of(ctx).rows.data();
 }
 

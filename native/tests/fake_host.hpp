@@ -48,6 +48,7 @@ struct context {
     std::vector<bool>    outputs;          // of the last batch
     std::vector<int32_t> batch_pos;
     std::vector<float>   rows;             // hidden rows of the last batch
+    bool                 keeps_rows = true;
     int                  n_decodes = 0;
     int                  n_rows    = 0;
     int                  n_seq_rm  = 0;

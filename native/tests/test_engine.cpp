@@ -1143,6 +1143,36 @@ void a_prefill_window_behind_a_gap() {
     }
 }
 
+// The part of a prompt that a window leaves out needs no hidden rows: the draft begins behind it, and is right.
+void a_prompt_may_be_read_without_hidden_rows() {
+    for (options o : kinds()) {
+        o.prefill_window = 6;
+        host         h(o);
+        auto * const s      = h.open();
+        const auto   prompt = prompt_of(40);
+        generation   g(h, s, prompt_of(3), 3, 20);  // some text before
+        g.run(8);
+        h.truth = host::plain_text(prompt, 100);
+        CHECK(mtp_truncate(s, 0) == MTP_OK);
+        CHECK(mtp_keep_rows(s, 0) == MTP_OK);
+        h.eval(s, { prompt.begin(), prompt.begin() + 30 }, 0);
+        mtp_step step{};
+        CHECK(mtp_next(s, sampler, prompt[30], 30, nullptr, &step) == MTP_INVALID);
+        CHECK(mtp_keep_rows(s, 1) == MTP_OK);
+        h.draft_positions.clear();
+        h.eval(s, { prompt.begin() + 30, prompt.end() }, 30);
+        g.text = prompt;
+        g.text.push_back(h.truth[40]);
+        g.run(90);
+        CHECK(h.draft_positions.front() >= 30);
+        CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0 && h.n_unknown_rows == 0 && h.n_holes == 0);
+        mtp_counters c{};
+        mtp_session_counters(s, &c);
+        CHECK(c.n_accepted > 40);
+        mtp_session_close(s, 1);
+    }
+}
+
 void more_waiting_rows_than_fit_are_refused() {
     saved_state waiting;
     {
@@ -1518,6 +1548,7 @@ int main(int argc, char ** argv) {
     RUN(a_prefill_window_drops_a_stretch_without_drafts);
     RUN(a_prefill_window_and_a_text_that_was_cut);
     RUN(a_prefill_window_behind_a_gap);
+    RUN(a_prompt_may_be_read_without_hidden_rows);
     RUN(more_waiting_rows_than_fit_are_refused);
     RUN(a_session_without_a_draft_context_has_no_state);
     RUN(vocabularies_are_compared_by_content);

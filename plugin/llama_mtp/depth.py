@@ -51,7 +51,9 @@ _FIRST_BURST = 4  # rounds that draft unverified at the start ...
 _BURST = 4  # ... and later
 _FIRST_GAP, _LAST_GAP = 16, 256  # plain tokens between bursts, doubled while nothing changes
 _LOOK = 0.005  # share of the time that bursts may take
-_PLAIN_AGE = 256  # rounds after which plain decoding is timed again, whatever it costs
+_PLAIN_ROUNDS = 2  # for which drafting stops to time plain decoding again ...
+_FIRST_CHECK, _LAST_CHECK = 16, 256  # ... after so many rounds, doubled while it costs the same
+_SAME = 0.15  # relative difference of the same cost
 _GRID = np.linspace(0.0, 1.0, 17)  # chances that all drafts so far are right
 
 
@@ -85,11 +87,9 @@ class _Cost:
             step = -most
         self.ns = ns + step / (n - 1 if n < _COST_MEMORY else _COST_MEMORY)
 
-    def refresh(self) -> None:
-        """Let the next few measurements weigh more than the old ones."""
-        if self.n > 3:
-            self.n = 3
-            self._a = self._b = self.ns
+    def restart(self) -> None:
+        """Measure anew; until then ``ns`` is what it was."""
+        self.n = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +196,7 @@ class DepthPolicy:
     """
 
     __slots__ = (
-        "_adaptive", "_clock", "_confident", "_constant", "_depth_bound", "_depth_max",
+        "_adaptive", "_before", "_check", "_clock", "_confident", "_constant", "_depth_bound", "_depth_max",
         "_depth_min", "_draft", "_due", "_made", "_measured", "_regime", "_regimes", "_resumed",
         "_rule", "_target", "_wasted",
     )  # fmt: skip
@@ -225,6 +225,8 @@ class DepthPolicy:
         self._made = 1.0  # recent rounds that verified drafts
         self._clock = 0  # rounds so far
         self._due = 0  # rounds until the rule is made anew
+        self._check = _FIRST_CHECK  # rounds without a plain one until plain decoding is timed again
+        self._before = 0.0  # what it cost when that began
         self._resumed = True  # no draft was made in the previous round: the next also catches up
         self._confident = confident
         self._regime = _Regime(depth_max, confident=confident)
@@ -522,6 +524,12 @@ class DepthPolicy:
         """Decide whether to draft, and by which rule."""
         self._due = _REPLAN
         regime, top = self._regime, self._depth_max
+        if self._before:
+            if self._target[0].n < _PLAIN_ROUNDS:
+                return  # still at it
+            same = abs(self._target[0].ns - self._before) < _SAME * self._before
+            self._check = min(2 * self._check, _LAST_CHECK) if same else _FIRST_CHECK
+            self._before = 0.0
         if top < self._depth_min or not self._target[0].n:
             self._rule = _PLAIN
             return
@@ -539,9 +547,10 @@ class DepthPolicy:
             behind = regime.spell >= _EVIDENCE and reached * plain < 1.0
             if gain < _LEAVE or behind:
                 self._leave()
-            elif self._clock - self._measured[0] > _PLAIN_AGE:
-                self._target[0].refresh()
-                self._rule, self._due = _PLAIN, 2
+            elif self._clock - self._measured[0] >= self._check:
+                self._before = self._target[0].ns
+                self._target[0].restart()
+                self._rule, self._due = _PLAIN, _PLAIN_ROUNDS
                 return
         elif gain > _ENTER:
             regime.drafting, regime.confirmed = True, False
@@ -558,6 +567,7 @@ class DepthPolicy:
 
     def _leave(self) -> None:
         """Acceptance or cost has moved: drafting no longer pays."""
+        self._target[0].restart()
         regime = self._regime
         regime.drafting = False
         regime.gap = _FIRST_GAP if regime.spell > 4 * _EVIDENCE else min(2 * regime.gap, _LAST_GAP)

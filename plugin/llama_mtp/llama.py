@@ -281,8 +281,8 @@ class Llama(host.StockLlama):
     def spec_memory(self, *, by_device: bool = False) -> dict[str, int]:
         """Bytes that the object holds beside its weights, by context and part.
 
-        What starts with ``draft``, the ``checkpoints``, and of ``target RS`` all but one state are
-        there because of MTP; what starts with ``target`` a stock object has too, with a larger
+        What starts with ``draft``, the ``checkpoints``, the ``hidden rows`` and of ``target RS``
+        all but one state are there because of MTP; what starts with ``target`` a stock object has too, with a larger
         ``compute`` part, as it reserves logits for every row of a batch. Empty where no spec type
         is on.
 
@@ -294,9 +294,9 @@ class Llama(host.StockLlama):
         for (part, device), size in self._spec_memory.items():
             key = f"{part} on {device}" if by_device else part
             told[key] = told.get(key, 0) + size
-        if self._session is not None and self._session.checkpoints.n_bytes:
-            key = "checkpoints on CPU" if by_device else "checkpoints"
-            told[key] = self._session.checkpoints.n_bytes
+        if self._session is not None:
+            for part, size in self._session.memory().items():
+                told[f"{part} on CPU" if by_device else part] = size
         return told
 
     # ---- generation
@@ -460,11 +460,12 @@ class Llama(host.StockLlama):
         session = self._session
         assert session is not None
         head = len(prompt) - TAIL
-        if head > 0 and session.checkpoints.wanted(self.n_tokens + head):
-            self.eval(prompt[:head])
-            session.save_checkpoint(self._input_ids)
-            prompt = prompt[head:]
-        self.eval(prompt)
+        with session.prompt(self.n_tokens + len(prompt)):
+            if head > 0 and session.checkpoints.wanted(self.n_tokens + head):
+                self.eval(prompt[:head])
+                session.save_checkpoint(self._input_ids)
+                prompt = prompt[head:]
+            self.eval(prompt)
 
     @_alone
     def eval(self, tokens: Sequence[int]) -> None:

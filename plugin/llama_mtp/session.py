@@ -20,7 +20,7 @@ import numpy.typing as npt
 from . import host
 from ._engine import api_names, check, compare_vocabularies, ffi, lib, open_session
 from .architectures import Rollback
-from .checkpoints import Checkpoints
+from .checkpoints import TAIL, Checkpoints
 from .depth import DepthPolicy, Rule, constant
 from .errors import BusyError, ClosedError, RollbackRefused
 from .hooks import Drafter, DraftRequest, SpecSettings, Verdict
@@ -103,10 +103,15 @@ class Session:
                 else lib.MTP_DRAFTING_ONE_HEAD,
                 "n_heads": max(1, head.n_heads),
                 "all_outputs": int(head.untested),
-                "prefill_window": min(options.prefill_window or 0, target.n_ctx()),
+                "prefill_window": min(options.prefill_window, target.n_ctx()),
             },
         )
         self.recurrent = rollback != "attention"
+        window = 0 if head.shares_kv else options.prefill_window
+        self._window = max(window, plan.depth, TAIL) + 1 if window else 0
+        self._unread = 0  # positions that the draft context will not read
+        self._keeps_rows = True  # the host, with its next decode
+        self._target = target
         self.checkpoints = Checkpoints(target, options.checkpoints if self.recurrent else 0)
         self.stats = SpecStats()
         self.policy = DepthPolicy(
@@ -362,12 +367,46 @@ class Session:
 
     # ---- the target was decoded, cut or replaced outside a round
 
+    @contextmanager
+    def prompt(self, end: int) -> Iterator[None]:
+        """Inside, a prompt is evaluated whose last token stands before ``end``.
+
+        Of batches that lie wholly before the prefill window the host keeps no hidden rows.
+        """
+        if self._window:
+            self._unread = end - self._window
+        try:
+            yield
+        finally:
+            self._unread = 0
+            if not self.closed:
+                self._keep_rows(True)
+
+    def _keep_rows(self, on: bool) -> None:
+        if on == self._keeps_rows:
+            return
+        check(lib.mtp_keep_rows(self._handle, on), self._handle)
+        self._keeps_rows = on
+        if on:
+            host.plan_anew(self._target)
+
+    def expect(self, batch: Any) -> None:
+        """The host is about to decode ``batch`` (a ``llama_batch``): with hidden rows, if read."""
+        self._keep_rows(batch.pos[batch.n_tokens - 1] >= self._unread)
+
     def capture(self, batch: Any) -> None:
         """Take the hidden rows of a decode that the host just did (a ``llama_batch``)."""
         handle = self._handle
         self.checkpoints.cut(batch.pos[0])
         tokens = ffi.cast("int32_t *", ctypes.addressof(batch.token.contents))
         check(lib.mtp_capture(handle, tokens, batch.n_tokens, batch.pos[0]), handle)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that are held beside the host's buffers, by part; empty parts are left out."""
+        now = ffi.new("struct mtp_counters *")
+        lib.mtp_session_counters(self._handle, now)
+        parts = {"checkpoints": self.checkpoints.n_bytes, "hidden rows": now.n_row_bytes}
+        return {part: size for part, size in parts.items() if size}
 
     @property
     def n_past(self) -> int:
@@ -521,6 +560,7 @@ def watch(target: Any, session: Session, n_outputs_max: int) -> None:
             raise ClosedError()
         session.replay()
         try:
+            session.expect(rows)
             decode(batch)
             session.capture(rows)
         except BaseException:  # an interrupt too
