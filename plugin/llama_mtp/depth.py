@@ -51,8 +51,8 @@ _FIRST_BURST = 4  # rounds that draft unverified at the start ...
 _BURST = 4  # ... and later
 _FIRST_GAP, _LAST_GAP = 16, 256  # plain tokens between bursts, doubled while nothing changes
 _LOOK = 0.005  # share of the time that bursts may take
-_PLAIN_ROUNDS = 2  # for which drafting stops to time plain decoding again ...
-_FIRST_CHECK, _LAST_CHECK = 16, 256  # ... after so many rounds, doubled while it costs the same
+_PLAIN_ROUNDS = 3  # for which drafting stops to time plain decoding again ...
+_FIRST_CHECK, _LAST_CHECK = 16, 512  # ... after so many rounds, doubled while it costs the same
 _SAME = 0.15  # relative difference of the same cost
 _GRID = np.linspace(0.0, 1.0, 17)  # chances that all drafts so far are right
 
@@ -79,12 +79,17 @@ class _Cost:
         if a > b:
             a, b = b, a
         x = a if x < a else b if x > b else x
+        if n == 3:
+            self.ns = x
+            return
         ns = self.ns
         step, most = x - ns, 0.5 * ns
         if step > most:
             step = most
+            n = self.n = min(n, 4)  # it may have been wrong from the start
         elif step < -most:
             step = -most
+            n = self.n = min(n, 4)
         self.ns = ns + step / (n - 1 if n < _COST_MEMORY else _COST_MEMORY)
 
     def restart(self) -> None:
@@ -196,9 +201,9 @@ class DepthPolicy:
     """
 
     __slots__ = (
-        "_adaptive", "_before", "_check", "_clock", "_confident", "_constant", "_depth_bound", "_depth_max",
-        "_depth_min", "_draft", "_due", "_made", "_measured", "_regime", "_regimes", "_resumed",
-        "_rule", "_target", "_wasted",
+        "_adaptive", "_before", "_check", "_clock", "_confident", "_constant", "_depth_bound",
+        "_depth_max", "_depth_min", "_draft", "_due", "_made", "_measured", "_regime", "_regimes",
+        "_resumed", "_rule", "_target", "_wasted",
     )  # fmt: skip
 
     def __init__(

@@ -282,9 +282,9 @@ class Llama(host.StockLlama):
         """Bytes that the object holds beside its weights, by context and part.
 
         What starts with ``draft``, the ``checkpoints``, the ``hidden rows`` and of ``target RS``
-        all but one state are there because of MTP; what starts with ``target`` a stock object has too, with a larger
-        ``compute`` part, as it reserves logits for every row of a batch. Empty where no spec type
-        is on.
+        all but one state are there because of MTP; what starts with ``target`` a stock object has
+        too, with a larger ``compute`` part, as it reserves logits for every row of a batch. Empty
+        where no spec type is on.
 
         Args:
             by_device: tell apart where a part lies: keys then end in the host's name of the device,
