@@ -439,12 +439,16 @@ class DepthPolicy:
         """What a decode of 1, 2, ... rows is taken to cost, in ns, replays included.
 
         An estimate that nobody has tested for long sinks, so that it is tested where it comes
-        cheapest: in a round whose drafts are likely right.
+        cheapest: in a round whose drafts are likely right. Only two rows, the cheapest to try, are
+        ever thought cheaper than one without having been timed.
         """
         costs = _guess(self._target, _FIRST_SLOPE * self._target[0].ns)
         for d in range(1, len(costs)):
             age = (self._clock - self._measured[d]) / (len(costs) - 1)
-            costs[d] *= 1.0 - 0.5 * min(1.0, age / (_STALE if self._target[d].n else _UNKNOWN))
+            known = self._target[d].n > 0
+            costs[d] *= 1.0 - 0.5 * min(1.0, age / (_STALE if known else _UNKNOWN))
+            if not known and d > 1:
+                costs[d] = max(costs[d], costs[0])
         costs[1:] += self._waste()
         return costs
 
