@@ -15,6 +15,7 @@ import pytest
 from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 
 from llama_mtp import Llama, SpecTypeError
+from llama_mtp.host import DRAFT_UBATCH
 from llama_mtp.identity import check_identity, clear, fresh_text, text
 
 GREEDY: dict[str, Any] = {"temp": 0.0}
@@ -125,7 +126,6 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 FOLLOWED = (
     "n_batch",
-    "n_ubatch",
     "n_threads",
     "n_threads_batch",
     "offload_kqv",
@@ -148,6 +148,7 @@ def test_parameters_reach_both_contexts(
     draft = fast._session._draft.params
     for field in FOLLOWED:
         assert getattr(draft, field) == getattr(plain.context_params, field), field
+    assert draft.n_ubatch == min(plain.context_params.n_ubatch, DRAFT_UBATCH)
     assert (draft.type_k, draft.type_v) == (F16, F16)  # its own; spec_draft_type_k names another
     prompt = m.text(30)
     for sampling in (GREEDY, SAMPLED):
