@@ -363,9 +363,9 @@ def offence(answer: dict[str, Any], target: str = "header") -> str | None:
     seconds, megabytes = readers.limits(target)
     if answer["outcome"] not in ("read", "refused"):
         return str(answer["outcome"])
-    if answer["megabytes"] > megabytes:  # first: it does not depend on what else the machine does
-        return "large"
-    return "slow" if answer["seconds"] > seconds else None
+    if answer["seconds"] > seconds:
+        return "slow"
+    return "large" if answer["megabytes"] > megabytes else None
 
 
 def minimise(reader: Reader, path: Path, what: str, attempts: int = 300) -> None:
