@@ -459,7 +459,7 @@ def test_the_measure_sees_an_offender(tmp_path: Path) -> None:
     """A limit that nothing can exceed would prove nothing."""
 
     def greedy(path: Path) -> None:
-        bytearray(300 * 2**20)[::4096] = b"x" * (300 * 256)
+        bytearray(220 * 2**20)[::4096] = b"x" * (220 * 256)
 
     def slow(path: Path) -> None:
         end = time.process_time() + readers.SECONDS + 0.1
