@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_mtp._engine import lib
 from llama_mtp.depth import CLASSES, DepthPolicy, constant
 
 # Median ms of a target decode of 1, 2, 3, ... rows, and a draft step's part of a one-row decode.
@@ -378,6 +379,11 @@ def test_depth_can_be_switched_off_and_on() -> None:
     policy.depth_max = 3
     sim.run(policy, 100)
     assert policy.best >= 2
+
+
+def test_the_engine_counts_the_same_classes() -> None:
+    """The two tables are laid over each other byte by byte."""
+    assert CLASSES == lib.MTP_CLASSES
 
 
 def test_constant_depth() -> None:
