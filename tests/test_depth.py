@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import timeit
 from collections.abc import Sequence
 
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_mtp._engine import lib
-from llama_mtp.depth import CLASSES, DepthPolicy, constant
+from llama_mtp.acceptance import CLASSES, Acceptance
+from llama_mtp.depth import DepthPolicy
+from llama_mtp.rule import constant
 
 # Median ms of a target decode of 1, 2, 3, ... rows, and a draft step's part of a one-row decode.
 CURVES: dict[str, tuple[list[float], float]] = {
@@ -322,14 +325,43 @@ def test_ways_of_sampling_that_never_come_back_are_forgotten() -> None:
 
 def test_rows_nobody_asked_for_are_no_verdict() -> None:
     """Censoring: stopping after k agreed rows says nothing of the drafts behind them."""
-    censored, refused = DepthPolicy(3), DepthPolicy(3)
+    new = Acceptance(3, confident=False)
+    censored, refused = Acceptance(3, confident=False), Acceptance(3, confident=False)
     for _ in range(200):
-        censored.observe(3, 1000, (0, 0, 0), 100, 1, 1)
-        refused.observe(3, 1000, (0, 0, 0), 100, 2, 1)
-    assert censored._accept()[0, 0] > 0.95
-    assert censored._regime.predicted[1:] == [1.0, 1.0]
-    assert refused._accept()[0, 0] > 0.85
-    assert refused._accept()[1, 0] < 0.1
+        censored.learn((0, 0, 0), 3, 1, 1, None)
+        refused.learn((0, 0, 0), 3, 2, 1, None)
+    first, later = censored.by_position()[0], censored.by_position()[1:]
+    assert first > 0.95
+    assert later == pytest.approx([first / new.by_position()[0] * x for x in new.by_position()[1:]])
+    assert refused.by_position()[0] > 0.85
+    assert refused.by_position()[1] < 0.1
+
+
+def test_only_the_first_look_reads_much_of_the_text() -> None:
+    sim = Simulator("small-q4_1", [0.0] * 3, 7)
+    policy = sim.policy(3)
+    windows = []
+    for _ in range(400):
+        rule = policy.choose()
+        if rule.depth == 1 and np.isinf(rule.price[1]):
+            windows.append(rule.window)
+        sim.run(policy, 1)
+    first = windows.index(max(windows))
+    assert first > 0
+    assert set(windows[:first]) == {0}
+    assert 0 < min(windows[first:]) == max(windows[first:]) < 64
+
+
+def test_what_is_said_rests_on_what_was_timed() -> None:
+    """Row counts that nobody tests sink only so that they are tried again."""
+    sim = Simulator("every-row-a-decode", WEAK, 2)
+    policy = sim.policy(3)
+    sim.run(policy, 5000)
+    assert policy.choose().depth == 0
+    words = policy.explain()
+    if "against" in words:
+        ms = [float(x) for x in re.findall(r"([0-9.]+) ms a token against ([0-9.]+) ms", words)[0]]
+        assert ms[0] > ms[1], words
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

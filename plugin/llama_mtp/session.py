@@ -21,10 +21,11 @@ from . import host
 from ._engine import api_names, check, compare_vocabularies, ffi, lib, open_session
 from .architectures import Rollback
 from .checkpoints import TAIL, Checkpoints
-from .depth import DepthPolicy, Rule, constant
+from .depth import DepthPolicy
 from .errors import BusyError, ClosedError, RollbackRefused
 from .hooks import Drafter, DraftRequest, SpecSettings, Verdict
 from .registry import plugin_manager
+from .rule import Rule, constant
 from .settings import Plan
 from .stats import SpecStats
 
@@ -268,6 +269,7 @@ class Session:
         native = self._native_rule
         native.depth = depth
         if rule is not self._loaded:
+            native.window = rule.window
             for name in ("accept", "go", "price"):
                 values = getattr(rule, name)
                 ffi.memmove(getattr(native, name), values, values.nbytes)
@@ -308,8 +310,9 @@ class Session:
         target_ns = now.target_ns - before.target_ns
         draft_ns = now.draft_ns - before.draft_ns
         sample_ns = now.sample_ns - before.sample_ns
-        native_ns = now.total_ns - before.total_ns - target_ns - draft_ns - sample_ns
-        rest_ns = native_ns + self._python_ns
+        rollback_ns = now.rollback_ns - before.rollback_ns
+        rest_ns = now.total_ns - before.total_ns - target_ns - draft_ns - sample_ns
+        native_ns, python_ns = rest_ns - rollback_ns, self._python_ns
         drafter = self._drafter is not None
         classes = self._classes if drafter else ffi.unpack(step.classes, step.n_picks)
         self.stats.observe_round(
@@ -320,8 +323,9 @@ class Session:
             picks=len(classes),
             draft_ns=draft_ns + (step.draft_ns if drafter else 0),
             sample_ns=sample_ns,
+            rollback_ns=rollback_ns,
             native_overhead_ns=native_ns,
-            python_ns=self._python_ns,
+            python_ns=python_ns,
             target_decodes=now.n_target_decodes - before.n_target_decodes,
             draft_decodes=now.n_draft_decodes - before.n_draft_decodes,
         )
@@ -332,7 +336,9 @@ class Session:
         elif not self._proposed:  # the caller's guesses say nothing about the drafter's
             self.policy.observe(
                 step.n_drafted,
-                step.target_ns + rest_ns,  # what a round takes beside its decodes is a cost too
+                step.target_ns
+                + rest_ns
+                + python_ns,  # what a round takes beside its decodes is a cost too
                 classes,
                 step.draft_ns,
                 step.n_sampled,

@@ -1,0 +1,99 @@
+"""How often drafts agree with the target: by the class of their confidence and by their position.
+
+Pure counting, with forgetting; about the last 50 verdicts of a class weigh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+CLASSES = 8  # of confidence; the engine's MTP_CLASSES
+_CENTRES = (0.1, 0.27, 0.42, 0.57, 0.72, 0.85, 0.93, 0.98)  # of the classes' probabilities
+
+_KEEP = 0.98  # forgetting per verdict
+_PRIOR = 2.0  # verdicts that the first guess counts as
+_CAUTION = 0.9  # of a draft's own probability, as that first guess ...
+_HOPE = 0.75  # ... and where a draft has none
+
+
+class Acceptance:
+    """Verdicts under one way of sampling.
+
+    ``confident`` says whether picks have classes by their probability, or are all of class 0.
+    ``like`` is the acceptance under another way of sampling: a guess, soon outvoted.
+    """
+
+    # Lists: single numbers in them change every round, and numpy is slow at that.
+    __slots__ = ("_hits", "_position", "_predicted", "_shares", "_tries")
+
+    def __init__(self, depth: int, *, confident: bool, like: Acceptance | None = None) -> None:
+        self._hits = [_PRIOR * (_CAUTION * p if confident else _HOPE) for p in _CENTRES]
+        self._tries = [_PRIOR] * CLASSES
+        self._position = [1.0] * depth  # verdicts by position, and ...
+        self._predicted = [1.0] * depth  # ... what the classes alone made expect
+        self._shares = [[0.0] * CLASSES, [0.0] * CLASSES]  # of classes: first picks, later ones
+        if like is not None:
+            weights = [min(1.0, 2 * _PRIOR / n) for n in like._tries]
+            self._hits = [h * w for h, w in zip(like._hits, weights, strict=True)]
+            self._tries = [n * w for n, w in zip(like._tries, weights, strict=True)]
+            self._position, self._predicted = like._position[:], like._predicted[:]
+            weight = 8.0 / max(8.0, *map(max, like._shares))
+            self._shares = [[n * weight for n in shares] for shares in like._shares]
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was drafted yet."""
+        return any(self._shares[0])
+
+    def learn(
+        self,
+        classes: Sequence[int],
+        drafted: int,
+        sampled: int,
+        accepted: int,
+        spare: bool | None,
+    ) -> None:
+        """Count a round; its numbers are those of :meth:`~llama_mtp.depth.DepthPolicy.observe`.
+
+        Only rows that were asked for give a verdict.
+        """
+        for pos, c in enumerate(classes):
+            shares = self._shares[pos > 0]
+            if pos < 2:
+                shares[:] = [n * _KEEP for n in shares]
+            shares[c] += 1.0
+        verdicts = [pos < accepted for pos in range(min(sampled, drafted))]
+        if spare is not None and len(verdicts) == drafted == accepted < len(classes):
+            verdicts.append(spare)
+        hits, tries = self._hits, self._tries
+        for pos, right in enumerate(verdicts):
+            c = classes[pos]
+            self._predicted[pos] = self._predicted[pos] * _KEEP + hits[c] / tries[c]
+            self._position[pos] = self._position[pos] * _KEEP + right
+            hits[c] = hits[c] * _KEEP + right
+            tries[c] = tries[c] * _KEEP + 1.0
+
+    def chances(self) -> npt.NDArray[np.float64]:
+        """Chance that a pick is right, ``[depth, CLASSES]``: of its class, by position."""
+        by_position = np.divide(self._position, self._predicted).clip(0.0, 4.0)
+        by_class = np.divide(self._hits, self._tries)
+        chance: npt.NDArray[np.float64] = np.outer(by_position, by_class).clip(0.0, 0.999)
+        return chance
+
+    def shares(self) -> npt.NDArray[np.float64]:
+        """How often a pick is of each class, ``[depth, CLASSES]``."""
+        first, later = map(np.asarray, self._shares)
+        if not first.any():  # nobody has drafted yet
+            first = np.ones(CLASSES)
+        later = later + first * (2.0 / first.sum())
+        by_position = np.empty((len(self._position), CLASSES))
+        by_position[:] = later / later.sum()
+        by_position[:1] = first / first.sum()
+        return by_position
+
+    def by_position(self) -> list[float]:
+        """Chance that a pick is right at each position, whatever its class."""
+        return [float(x) for x in (self.chances() * self.shares()).sum(axis=1)]
