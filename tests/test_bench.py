@@ -82,7 +82,8 @@ def sweep(**changes: Any) -> Sweep:
         stats = SpecStats()
         if variant != "plain":
             stats.observe_round(1, 2, 1, target_ns=3000, draft_ns=2000, sample_ns=1000)
-            stats.observe_round(1, 1, 0, target_ns=5000, native_overhead_ns=400, python_ns=600)
+            rest = {"rollback_ns": 200, "native_overhead_ns": 200, "python_ns": 600}
+            stats.observe_round(1, 1, 0, target_ns=5000, **rest)
         runs = tuple(run(s, 1, 2, 3) for s in seconds)
         return Series(name, 0.0, variant, runs, (stats,) * len(runs))
 
@@ -119,7 +120,8 @@ def test_phases_are_microseconds_of_a_round() -> None:
         "target decode": 4.0,
         "draft decodes": 1.0,
         "sampling": 0.5,
-        "native rest": 0.2,
+        "rollback": 0.1,
+        "native rest": 0.1,
         "Python rest": 0.3,
     }
     assert phases(SpecStats()) == {}

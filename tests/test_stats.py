@@ -28,7 +28,8 @@ def test_rates() -> None:
     stats = SpecStats()
     stats.observe_round(3, 4, 3, target_ns=10, draft_ns=2, draft_decodes=3)
     stats.observe_round(3, 2, 1, target_ns=10, draft_ns=2, draft_decodes=3)
-    stats.observe_round(0, 1, 0, target_ns=5, sample_ns=1, native_overhead_ns=2, python_ns=3)
+    rest = {"sample_ns": 1, "rollback_ns": 4, "native_overhead_ns": 2, "python_ns": 3}
+    stats.observe_round(0, 1, 0, target_ns=5, **rest)
     assert (stats.num_rounds, stats.num_drafts, stats.num_draft_tokens) == (3, 2, 6)
     assert (stats.num_accepted_tokens, stats.num_emitted_tokens) == (4, 7)
     assert (stats.num_target_decodes, stats.num_draft_decodes) == (3, 6)
@@ -39,7 +40,7 @@ def test_rates() -> None:
     assert stats.num_accepted_per_pos == [2, 1, 1]
     assert stats.acceptance_per_pos == [1.0, 0.5, 1.0]
     assert (stats.target_ns, stats.draft_ns) == (25, 4)
-    assert (stats.sample_ns, stats.native_overhead_ns, stats.python_ns) == (1, 2, 3)
+    assert {name: getattr(stats, name) for name in rest} == rest
 
 
 def test_rows_nobody_asked_for_are_not_tested() -> None:

@@ -119,6 +119,7 @@ enum { MTP_CLASSES = 8, MTP_MAX_DEPTH = 64 };
 struct mtp_rule {
     int32_t depth;       /* most drafts, 0 to MTP_MAX_DEPTH */
     float   p_min;       /* drafting stops at a pick less likely than this; 0: never */
+    int32_t window;      /* most waiting rows that this round reads, below prefill_window; 0: as many as that */
     float   accept[512]; /* [position][class]: chance that a pick is right when all before it are */
     float   go[64];      /* by position, from 0 */
     float   price[65];   /* by number of verified drafts, in tokens */
@@ -144,7 +145,9 @@ struct mtp_step {
 struct mtp_counters {
     int64_t n_rounds, n_target_decodes, n_draft_decodes, n_drafted, n_accepted, n_sampled;
     int64_t n_draft_restarts;  /* times a gap emptied the draft context */
-    int64_t target_ns, draft_ns, sample_ns, total_ns; /* total: inside this library; the rest are its host calls */
+    int64_t target_ns, draft_ns, sample_ns; /* decodes with their waits, and the chain's sampling */
+    int64_t rollback_ns;       /* the host's removal of rows from either memory */
+    int64_t total_ns;          /* inside this library, what is listed before included */
     int64_t n_replayed;        /* target rows decoded once more after a rejection (checkpoint rollback) */
     int64_t n_state_bytes;     /* recurrent state copied out of and into the target's memory */
     int64_t n_row_bytes;       /* held now for hidden rows and tokens that wait for the draft, or have waited */

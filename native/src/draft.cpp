@@ -111,9 +111,10 @@ void drafter::keep_waiting(int32_t n) {
     memory_end_ = queue_.start();
 }
 
-void drafter::keep_window() {
+// `most` narrows the window; 0 leaves it.
+void drafter::keep_window(int32_t most) {
     if (window() > 0) {
-        keep_waiting(window());
+        keep_waiting(most > 0 ? std::min(window(), std::max(most, params_.n_draft_max + 1)) : window());
     }
 }
 
@@ -134,9 +135,12 @@ void drafter::drop_unverified() {
 
 // False: the host refused, and the memory starts anew at the queue's end.
 bool drafter::rewind(int32_t pos) {
-    if (!shares_kv() && !api_.memory_seq_rm(memory_, 0, pos, -1)) {
-        restart(queue_.end());
-        return false;
+    if (!shares_kv()) {
+        stopwatch watch(rollback_ns);
+        if (!api_.memory_seq_rm(memory_, 0, pos, -1)) {
+            restart(queue_.end());
+            return false;
+        }
     }
     memory_end_ = pos;
     return true;
@@ -209,7 +213,7 @@ picks drafter::draft(int32_t last, int32_t pos, int32_t depth, const mtp_rule & 
     if (!alive() || depth <= 0 || pos != queue_.end()) {
         return drafts;
     }
-    keep_window();
+    keep_window(rule.window);
     if (queue_.waiting() + n_heads_ > params_.n_batch) {
         catch_up();
     }

@@ -70,9 +70,10 @@ class drafter {
     // The draft memory was put back as it was when these bytes were written.
     void state_set(const uint8_t * data);
 
-    int64_t n_decodes  = 0;
-    int64_t n_restarts = 0;
-    int64_t ns         = 0;  // decodes, their waits, and the picks
+    int64_t n_decodes   = 0;
+    int64_t n_restarts  = 0;
+    int64_t ns          = 0;  // decodes, their waits, and the picks
+    int64_t rollback_ns = 0;
 
   private:
     static constexpr int max_failures = 3;  // then the draft context is left alone for good
@@ -92,7 +93,7 @@ class drafter {
     }
 
     void keep_waiting(int32_t n);
-    void keep_window();
+    void keep_window(int32_t most = 0);
     void load_waiting(int32_t end);
     void catch_up();
     bool grow(int32_t token, int32_t pos, int32_t i);

@@ -192,6 +192,7 @@ mtp::picks mtp_session::draft(int32_t last, int32_t pos, const mtp_rule & rule) 
     require(drafter != nullptr, "this session has no draft context; pass drafts to verify");
     require(last >= 0 && last < params.n_vocab, "the last token is outside the vocabulary");
     require(rule.depth >= 0 && rule.depth <= MTP_MAX_DEPTH, "depth must be 0 to MTP_MAX_DEPTH");
+    require(rule.window >= 0, "window must not be negative; 0 leaves it as wide as prefill_window");
     begin_round(pos);
     const int64_t before = drafter->ns;
     const int32_t limit  = target.replays_only() ? 0 : target.depth_limit(pos);
@@ -473,12 +474,14 @@ void mtp_session_counters(const mtp_session * session, mtp_counters * out) {
     out->n_target_decodes = session->target.n_decodes;
     out->target_ns        = session->target.ns;
     out->sample_ns        = session->target.sample_ns;
+    out->rollback_ns      = session->target.rollback_ns;
     out->n_replayed       = session->target.n_replayed;
     out->n_state_bytes    = session->target.n_state_bytes();
     if (session->drafter) {
         out->n_draft_decodes  = session->drafter->n_decodes;
         out->n_draft_restarts = session->drafter->n_restarts;
         out->draft_ns         = session->drafter->ns;
+        out->rollback_ns += session->drafter->rollback_ns;
         out->n_row_bytes      = session->drafter->queue().n_bytes();
     }
 }

@@ -97,7 +97,7 @@ void verifier::truncate(int32_t n_past) {
         replay_.insert(replay_.end(), row_tokens_.begin(), row_tokens_.end());
         replay_.resize(n_past - copy_.end());
         behind_ = behind_ || n_past < end;
-    } else if (n_past < end && !api_.memory_seq_rm(memory_, 0, n_past, -1)) {
+    } else if (n_past < end && !remove(n_past)) {
         throw failure(MTP_ROLLBACK, "the host refused to remove the text after position " + std::to_string(n_past) +
                                         "; clear the context and evaluate it again");
     }
@@ -106,6 +106,12 @@ void verifier::truncate(int32_t n_past) {
     base_     = n_past;
     live_row_ = row;
     undo_     = params_.rollback == MTP_ROLLBACK_SNAPSHOTS ? undo : undo_limit(0);
+}
+
+// False where the host refuses.
+bool verifier::remove(int32_t pos) {
+    stopwatch watch(rollback_ns);
+    return api_.memory_seq_rm(memory_, 0, pos, -1);
 }
 
 bool verifier::replays_only() const {
@@ -207,7 +213,7 @@ void verifier::verify(int32_t last, int32_t pos, const int32_t * drafts, int32_t
     if (const int32_t code = decode()) {
         // 1: no room, nothing was decoded. After anything else rows may be there: attention can take them out.
         const bool attention = params_.rollback == MTP_ROLLBACK_ATTENTION;
-        if (code == 1 || (attention && (host_end() <= pos || api_.memory_seq_rm(memory_, 0, pos, -1)))) {
+        if (code == 1 || (attention && (host_end() <= pos || remove(pos)))) {
             undo_ = undo;
         }
         throw failure(MTP_HOST, "llama_decode returned " + std::to_string(code));

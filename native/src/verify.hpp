@@ -88,10 +88,11 @@ class verifier {
 
     int64_t n_state_bytes() const { return copy_.n_bytes; }
 
-    int64_t n_decodes  = 0;
-    int64_t n_replayed = 0;
-    int64_t ns         = 0;
-    int64_t sample_ns  = 0;
+    int64_t n_decodes   = 0;
+    int64_t n_replayed  = 0;
+    int64_t ns          = 0;
+    int64_t sample_ns   = 0;
+    int64_t rollback_ns = 0;
 
   private:
     int32_t rows() const { return static_cast<int32_t>(row_tokens_.size()); }
@@ -101,6 +102,7 @@ class verifier {
     bool    has_copy() const { return copy_.end() >= 0; }
     int32_t undo_limit(int32_t n_rows) const;
     void    close_round();
+    bool    remove(int32_t pos);
     bool    make_ready(bool with_drafts);
     void    load_copy();
     int32_t decode();

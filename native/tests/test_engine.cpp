@@ -116,6 +116,7 @@ void every_depth_and_accept_count_gives_the_plain_text() {
                 CHECK(mtp_settle(s) == MTP_OK);
                 mtp_session_counters(s, &c);
                 CHECK(c.n_target_decodes == c.n_rounds);
+                CHECK(c.target_ns + c.draft_ns + c.sample_ns + c.rollback_ns <= c.total_ns);
                 if (o.checkpoint && depth > 0) {
                     CHECK(c.n_draft_decodes == c.n_drafted);  // a round that has much to replay drafts nothing
                 } else if (o.shares_kv) {
@@ -1075,6 +1076,29 @@ void a_prefill_window_drops_a_stretch_without_drafts() {
     }
 }
 
+// The rows that a stretch without drafts leaves are read as far back as the rule says, and no text changes.
+void a_rule_narrows_the_window() {
+    for (auto o : kinds()) {
+        for (int32_t narrow : { 1, 7, 30, 500 }) {
+            o.prefill_window = 20;
+            host          h(o);
+            mtp_session * s = h.open();
+            generation    g(h, s, prompt_of(9), 0, 250);
+            g.run(130);
+            mtp_rule rule = mtp::constant_rule(3, 0);
+            rule.window   = narrow;
+            g.rule        = &rule;
+            g.run(200);
+            CHECK(o.shares_kv || h.draft.start == 129 - std::max(std::min(narrow, 20), o.n_draft_max + 1));
+            CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0 && h.n_unknown_rows == 0 && h.n_holes == 0);
+            rule.window = -1;
+            CHECK(mtp_settle(s) == MTP_OK);
+            CHECK(g.try_next() == MTP_INVALID);
+            mtp_session_close(s, 1);
+        }
+    }
+}
+
 // A prompt that shares a prefix with the text: what fits the window is read behind what the memory has.
 void a_prefill_window_and_a_text_that_was_cut() {
     for (auto o : kinds()) {
@@ -1546,6 +1570,7 @@ int main(int argc, char ** argv) {
     RUN(a_row_comes_back_with_its_position);
     RUN(a_prefill_window_bounds_what_the_draft_reads);
     RUN(a_prefill_window_drops_a_stretch_without_drafts);
+    RUN(a_rule_narrows_the_window);
     RUN(a_prefill_window_and_a_text_that_was_cut);
     RUN(a_prefill_window_behind_a_gap);
     RUN(a_prompt_may_be_read_without_hidden_rows);

@@ -244,9 +244,12 @@ def show_summary(console: Console, pairs: Sequence[Pair], mtp: Llama, added_memo
         f"(of which the draft context {draft_memory / 2**20:.1f} MiB)",
     }
     if stats.num_rounds:
+        rollback = stats.rollback_ns / stats.num_rounds / 1000
         native = stats.native_overhead_ns / stats.num_rounds / 1000
         python = stats.python_ns / stats.num_rounds / 1000
-        rows["a round outside decode"] = f"{native:.1f} µs native, {python:.1f} µs Python"
+        rows["a round outside decode"] = (
+            f"{rollback:.1f} µs rollback, {native:.1f} µs native, {python:.1f} µs Python"
+        )
     if mtp._session is not None:
         rows["depth"] = mtp._session.policy.explain()
     grid = Table.grid(padding=(0, 2))

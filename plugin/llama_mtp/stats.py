@@ -17,6 +17,7 @@ _COUNTERS = (
     "target_ns",
     "draft_ns",
     "sample_ns",
+    "rollback_ns",
     "native_overhead_ns",
     "python_ns",
 )
@@ -26,7 +27,8 @@ _PER_POSITION = ("num_drafted_per_pos", "num_tested_per_pos", "num_accepted_per_
 class SpecStats:
     """Cumulative counters; ``last`` holds the same for the latest generation alone.
 
-    Counts are rounds, tokens or decodes; every ``*_ns`` is a total in nanoseconds. The lists are
+    Counts are rounds, tokens or decodes; every ``*_ns`` is a total in nanoseconds, and no time is
+    in two of them; ``rollback_ns`` is the host's removal of rows. The lists are
     indexed by draft position, 0 for the first drafted token. ``num_picks`` counts every token that
     a drafter proposed; the other counts of drafts are those of the verified ones. ``last`` is
     ``None`` before the first :meth:`begin`, and always ``None`` on a ``last`` itself.
@@ -45,6 +47,7 @@ class SpecStats:
     target_ns: int
     draft_ns: int
     sample_ns: int
+    rollback_ns: int
     native_overhead_ns: int
     python_ns: int
     num_drafted_per_pos: list[int]
@@ -77,6 +80,7 @@ class SpecStats:
         target_ns: int = 0,
         draft_ns: int = 0,
         sample_ns: int = 0,
+        rollback_ns: int = 0,
         native_overhead_ns: int = 0,
         python_ns: int = 0,
         target_decodes: int = 1,
@@ -97,6 +101,7 @@ class SpecStats:
         self.target_ns += target_ns
         self.draft_ns += draft_ns
         self.sample_ns += sample_ns
+        self.rollback_ns += rollback_ns
         self.native_overhead_ns += native_overhead_ns
         self.python_ns += python_ns
         if drafted:
@@ -126,6 +131,7 @@ class SpecStats:
                 target_ns=target_ns,
                 draft_ns=draft_ns,
                 sample_ns=sample_ns,
+                rollback_ns=rollback_ns,
                 native_overhead_ns=native_overhead_ns,
                 python_ns=python_ns,
                 target_decodes=target_decodes,
@@ -178,6 +184,7 @@ class SpecStats:
             "target_ns": self.target_ns,
             "draft_ns": self.draft_ns,
             "sample_ns": self.sample_ns,
+            "rollback_ns": self.rollback_ns,
             "native_overhead_ns": self.native_overhead_ns,
             "python_ns": self.python_ns,
         }
@@ -192,6 +199,7 @@ class SpecStats:
             f"({self.mean_acceptance_length:.2f} a round); accepted {self.num_accepted_tokens} of "
             f"{self.num_draft_tokens} drafts{positions}; target {self.target_ns / 1e6:.1f} ms, "
             f"draft {self.draft_ns / 1e6:.1f} ms, sampling {self.sample_ns / 1e6:.1f} ms, "
+            f"rollback {self.rollback_ns / 1e6:.1f} ms, "
             f"overhead {(self.native_overhead_ns + self.python_ns) / 1e6:.1f} ms"
         )
 

@@ -26,7 +26,14 @@ Variant = int | Literal["plain", "adaptive"]  # a number is a constant depth
 DEPTHS: tuple[Variant, ...] = (1, 2, 3, 4, "adaptive")
 PROMPT_TOKENS = 512  # of the text that prompt processing is timed on, where the context has room
 GENERATIONS = 2  # of every new object that measure_fresh() looks at
-PHASES = ("target_ns", "draft_ns", "sample_ns", "native_overhead_ns", "python_ns")
+PHASES = {
+    "target decode": "target_ns",
+    "draft decodes": "draft_ns",
+    "sampling": "sample_ns",
+    "rollback": "rollback_ns",
+    "native rest": "native_overhead_ns",
+    "Python rest": "python_ns",
+}
 
 
 def parse_depths(text: str) -> tuple[Variant, ...]:
@@ -241,7 +248,7 @@ class Figures:
                             scale * last.target_ns,
                             scale * last.draft_ns,
                             scale * (run.decode_seconds * 1e9 - decodes),
-                            scale * (last.native_overhead_ns + last.python_ns),
+                            scale * (last.rollback_ns + last.native_overhead_ns + last.python_ns),
                         )
                     )
         return found
@@ -388,10 +395,8 @@ def phases(stats: SpecStats) -> dict[str, float]:
     """Microseconds of each part of a round, by what it is; empty before the first round."""
     if not stats.num_rounds:
         return {}
-    names = ("target decode", "draft decodes", "sampling", "native rest", "Python rest")
     return {
-        name: getattr(stats, counter) / stats.num_rounds / 1000
-        for name, counter in zip(names, PHASES, strict=True)
+        name: getattr(stats, counter) / stats.num_rounds / 1000 for name, counter in PHASES.items()
     }
 
 

@@ -182,6 +182,7 @@ def phases(stats: SpecStats) -> Table:
         "target decode": stats.target_ns,
         "draft decodes": stats.draft_ns,
         "sampling": stats.sample_ns,
+        "rollback": stats.rollback_ns,
         "engine, the rest": stats.native_overhead_ns,
         "Python": stats.python_ns,
     }
