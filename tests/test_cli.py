@@ -272,3 +272,11 @@ def test_importing_the_package_loads_neither_the_host_nor_the_engine() -> None:
     code = "import llama_mtp, sys; print([m for m in ('llama_mtp._native',) if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_bench_says_what_the_host_refuses(tmp_path: Path) -> None:
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    done = command("bench", "cut.gguf", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "does not load cut.gguf" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr + done.stdout

@@ -1,11 +1,15 @@
 """How often drafts agree with the target: by the class of their confidence and by their position.
 
-Pure counting, with forgetting; about the last 50 verdicts of a class weigh.
+Counting, with forgetting: about the last 50 verdicts of a class weigh. A text can turn, say from
+code to prose, and 50 wrong drafts would be a high price for noticing. So the first picks are also
+watched for a turn to the worse (Page, Continuous Inspection Schemes, 1954): where what came last is
+so much likelier under a fraction of the chances, all before it counts for little.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +22,10 @@ _PRIOR = 2.0  # verdicts that the first guess counts as
 _CAUTION = 0.9  # of a draft's own probability, as that first guess ...
 _HOPE = 0.75  # ... and where a draft has none
 
+_WORSE = 0.3  # of its chance that a draft is right: the turn that is watched for
+_ALARM = 7.0  # logarithm of how much likelier that must be
+_REST = 4.0  # verdicts that the time before a turn counts as
+
 
 class Acceptance:
     """Verdicts under one way of sampling.
@@ -27,7 +35,7 @@ class Acceptance:
     """
 
     # Lists: single numbers in them change every round, and numpy is slow at that.
-    __slots__ = ("_hits", "_position", "_predicted", "_shares", "_tries")
+    __slots__ = ("_doubt", "_hits", "_position", "_predicted", "_recent", "_shares", "_tries")
 
     def __init__(self, depth: int, *, confident: bool, like: Acceptance | None = None) -> None:
         self._hits = [_PRIOR * (_CAUTION * p if confident else _HOPE) for p in _CENTRES]
@@ -35,6 +43,8 @@ class Acceptance:
         self._position = [1.0] * depth  # verdicts by position, and ...
         self._predicted = [1.0] * depth  # ... what the classes alone made expect
         self._shares = [[0.0] * CLASSES, [0.0] * CLASSES]  # of classes: first picks, later ones
+        self._doubt = 0.0  # logarithm of how much likelier the last verdicts are after a turn
+        self._recent: list[tuple[int, bool]] = []  # those verdicts
         if like is not None:
             weights = [min(1.0, 2 * _PRIOR / n) for n in like._tries]
             self._hits = [h * w for h, w in zip(like._hits, weights, strict=True)]
@@ -55,10 +65,10 @@ class Acceptance:
         sampled: int,
         accepted: int,
         spare: bool | None,
-    ) -> None:
+    ) -> bool:
         """Count a round; its numbers are those of :meth:`~llama_mtp.depth.DepthPolicy.observe`.
 
-        Only rows that were asked for give a verdict.
+        Only rows that were asked for give a verdict. True: acceptance has turned to the worse.
         """
         for pos, c in enumerate(classes):
             shares = self._shares[pos > 0]
@@ -68,6 +78,7 @@ class Acceptance:
         verdicts = [pos < accepted for pos in range(min(sampled, drafted))]
         if spare is not None and len(verdicts) == drafted == accepted < len(classes):
             verdicts.append(spare)
+        turned = bool(verdicts) and self._doubts(classes[0], verdicts[0])
         hits, tries = self._hits, self._tries
         for pos, right in enumerate(verdicts):
             c = classes[pos]
@@ -75,6 +86,30 @@ class Acceptance:
             self._position[pos] = self._position[pos] * _KEEP + right
             hits[c] = hits[c] * _KEEP + right
             tries[c] = tries[c] * _KEEP + 1.0
+        return turned
+
+    def _doubts(self, c: int, right: bool) -> bool:
+        """Weigh the verdict of a first pick; after a turn, forget what was before it."""
+        by_position = min(self._position[0] / self._predicted[0], 4.0)
+        chance = min(max(by_position * self._hits[c] / self._tries[c], 0.01), 0.99)
+        worse = _WORSE * chance
+        self._doubt += log(worse / chance) if right else log((1.0 - worse) / (1.0 - chance))
+        self._recent.append((c, right))
+        if self._doubt <= 0.0:
+            self._doubt = 0.0
+            self._recent.clear()
+        if self._doubt < _ALARM:
+            return False
+        for k in range(CLASSES):
+            weight = min(1.0, _REST / self._tries[k])
+            self._hits[k] *= weight
+            self._tries[k] *= weight
+        for k, agreed in self._recent[:-1]:  # the last is counted by the caller
+            self._hits[k] += agreed
+            self._tries[k] += 1.0
+        self._doubt = 0.0
+        self._recent.clear()
+        return True
 
     def chances(self) -> npt.NDArray[np.float64]:
         """Chance that a pick is right, ``[depth, CLASSES]``: of its class, by position."""

@@ -181,16 +181,27 @@ def open_pair(path: str | Path, **options: Any) -> Iterator[tuple[Llama, Llama, 
     `options` goes to both constructors. The bytes are the host's own report of its buffers (KV
     cache, recurrent state, compute, output) of both contexts, less those of the plain object;
     negative where fewer output rows save more than the draft context takes.
+
+    Raises LlamaMtpError where the host does not load the file.
     """
+    from .errors import LlamaMtpError
     from .host import BufferSizes
     from .llama import Llama
 
     plain_options = {key: value for key, value in options.items() if not key.startswith("spec_")}
     with ExitStack() as stack:
-        with quiet_host():
-            with BufferSizes() as sizes:
-                plain = stack.enter_context(Llama(str(path), spec_type="none", **plain_options))
-            mtp = stack.enter_context(Llama(str(path), spec_type="draft-mtp", **options))
+        try:
+            with quiet_host():
+                with BufferSizes() as sizes:
+                    plain = stack.enter_context(Llama(str(path), spec_type="none", **plain_options))
+                mtp = stack.enter_context(Llama(str(path), spec_type="draft-mtp", **options))
+        except LlamaMtpError:
+            raise
+        except ValueError as error:
+            raise LlamaMtpError(
+                f"The host does not load {Path(path).name}: {error}. "
+                f"`llama-mtp inspect {path}` says what the file holds."
+            ) from error
         yield plain, mtp, sum(mtp.spec_memory().values()) - sum(sizes.bytes.values())
 
 

@@ -191,7 +191,8 @@ class DepthPolicy:
         if picks:
             new = costs.add_draft(picks, draft_ns, caught_up=self._resumed) or new
             if picks <= self._depth_bound:
-                self._regime.accept.learn(classes, drafted, sampled, accepted, spare)
+                accept = self._regime.accept
+                new = accept.learn(classes, drafted, sampled, accepted, spare) or new
             self._resumed = False
         else:
             costs.waste(draft_ns)

@@ -319,8 +319,8 @@ class Llama(host.StockLlama):
         bound.apply_defaults()
         options = bound.arguments
         stopping_criteria = options["stopping_criteria"]
+        wanted, self.spec_tokens_wanted = self.spec_tokens_wanted, None  # also where it is busy
         with session.entry:
-            wanted, self.spec_tokens_wanted = self.spec_tokens_wanted, None
             chain = self._init_sampler(**{k: v for k, v in options.items() if k in _SAMPLING})
             self._sampler = chain
             address = ffi.cast("void *", host.address_of_sampler(chain))
