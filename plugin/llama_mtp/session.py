@@ -334,11 +334,10 @@ class Session:
         if step.n_replayed and not step.n_drafted:
             self.policy.observe_replay(step.target_ns + step.draft_ns)
         elif not self._proposed:  # the caller's guesses say nothing about the drafter's
+            beside = rest_ns + python_ns  # what a round takes beside its decodes is a cost too
             self.policy.observe(
                 step.n_drafted,
-                step.target_ns
-                + rest_ns
-                + python_ns,  # what a round takes beside its decodes is a cost too
+                step.target_ns + beside,
                 classes,
                 step.draft_ns,
                 step.n_sampled,
