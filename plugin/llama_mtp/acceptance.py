@@ -24,7 +24,7 @@ _HOPE = 0.75  # ... and where a draft has none
 
 _WORSE = 0.3  # of its chance that a draft is right: the turn that is watched for
 _ALARM = 7.0  # logarithm of how much likelier that must be
-_REST = 4.0  # verdicts that the time before a turn counts as
+_REST = 4.0  # verdicts that the time before a turn counts as, and another way of sampling
 
 
 class Acceptance:
@@ -46,9 +46,8 @@ class Acceptance:
         self._doubt = 0.0  # logarithm of how much likelier the last verdicts are after a turn
         self._recent: list[tuple[int, bool]] = []  # those verdicts
         if like is not None:
-            weights = [min(1.0, 2 * _PRIOR / n) for n in like._tries]
-            self._hits = [h * w for h, w in zip(like._hits, weights, strict=True)]
-            self._tries = [n * w for n, w in zip(like._tries, weights, strict=True)]
+            self._hits, self._tries = like._hits[:], like._tries[:]
+            self._fade()
             self._position, self._predicted = like._position[:], like._predicted[:]
             weight = 8.0 / max(8.0, *map(max, like._shares))
             self._shares = [[n * weight for n in shares] for shares in like._shares]
@@ -100,16 +99,20 @@ class Acceptance:
             self._recent.clear()
         if self._doubt < _ALARM:
             return False
-        for k in range(CLASSES):
-            weight = min(1.0, _REST / self._tries[k])
-            self._hits[k] *= weight
-            self._tries[k] *= weight
+        self._fade()
         for k, agreed in self._recent[:-1]:  # the last is counted by the caller
             self._hits[k] += agreed
             self._tries[k] += 1.0
         self._doubt = 0.0
         self._recent.clear()
         return True
+
+    def _fade(self) -> None:
+        """Let what was counted so far weigh ``_REST`` verdicts a class at most."""
+        for c in range(CLASSES):
+            weight = min(1.0, _REST / self._tries[c])
+            self._hits[c] *= weight
+            self._tries[c] *= weight
 
     def chances(self) -> npt.NDArray[np.float64]:
         """Chance that a pick is right, ``[depth, CLASSES]``: of its class, by position."""
