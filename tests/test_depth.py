@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from llama_mtp._engine import lib
 from llama_mtp.acceptance import CLASSES, Acceptance
+from llama_mtp.costs import Costs
 from llama_mtp.depth import DepthPolicy
 from llama_mtp.rule import constant
 
@@ -261,6 +262,26 @@ def test_the_first_rounds_cost_no_rows() -> None:
     assert sim.picks == [0, 1, 1, 1, 1]
     sim.run(policy, 40)
     assert sim.depths[-1] == 3
+
+
+def test_where_rows_are_dear_the_first_generation_gives_little_away() -> None:
+    kept = []
+    for curve in ("small-q8_0", "small-q4_1", "every-row-a-decode"):
+        for seed in range(12):
+            sim = Simulator(curve, WEAK, seed)
+            kept.append(sim.round_ms(0) / sim.run(sim.policy(3), 96))
+    assert np.mean(kept) >= 0.96, kept
+
+
+def test_a_dear_second_row_is_tried_again_before_a_third_is() -> None:
+    costs = Costs(3)
+    costs.add_target(0, 100)
+    assert costs.reach == 3
+    costs.add_target(1, 180)
+    assert costs.reach == 1
+    costs.add_target(1, 110)
+    assert costs.reach == 3
+    assert costs.target_ns(1, sink=False)[1] == 110
 
 
 def test_follows_the_text() -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 _MEMORY = 24  # decodes that an estimate averages over
 _FIRST_SLOPE = 0.05  # of a plain decode: a guess at one more row, before any was timed
+_DEAR = 1.3  # plain decodes: a price for two rows that few heads are good enough for
 _OPTIMISM = 0.9  # a row count between two timed ones is taken to cost this part of their line
 _STALE = 768  # rounds, for each row count, in which one that nobody tests looks half as dear ...
 _UNKNOWN = 96  # ... and where nobody ever has
@@ -84,6 +85,15 @@ class Costs:
     @property
     def plain_age(self) -> int:
         return self.rounds - self._timed[0]
+
+    @property
+    def reach(self) -> int:
+        """The most drafts to try: one, while the only decode of two rows so far was a dear one.
+
+        It may have been a spike; where it was not, more rows are dearer still.
+        """
+        two = self._target[1]
+        return 1 if two.n == 1 and two.ns > _DEAR * self.plain.ns else len(self._target) - 1
 
     def add_target(self, drafted: int, ns: int) -> bool:
         """Time a decode that verifies ``drafted``. True: that was news.

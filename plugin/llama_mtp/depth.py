@@ -282,6 +282,7 @@ class DepthPolicy:
         if not regime.drafting and regime.wait > 0:
             self._rule = _PLAIN
             return
+        top = min(top, max(costs.reach, self._depth_min))
         target, draft = costs.target_ns(top), costs.draft_ns(top)
         chances, shares = regime.accept.chances(), regime.accept.shares()
         plain = max(float(target[0]), 1.0)
@@ -290,7 +291,7 @@ class DepthPolicy:
             reached = regime.tokens / max(regime.ns, 1.0)
             behind = regime.spell >= _EVIDENCE and reached * plain < 1.0
             if gain < _LEAVE or behind:
-                self._leave()
+                self._leave(plain)
             elif costs.plain_age >= self._check:
                 self._before = costs.plain.ns
                 costs.plain.restart()
@@ -309,13 +310,15 @@ class DepthPolicy:
             rule = best_rule(rate, target, draft, chances, shares, self._depth_min)[1]
         self._rule = rule
 
-    def _leave(self) -> None:
-        """Acceptance or cost has moved: drafting no longer pays."""
+    def _leave(self, plain: float) -> None:
+        """Acceptance or cost has moved, or is not what the look promised: drafting does not pay."""
         self._costs.plain.restart()
         regime = self._regime
         regime.drafting = False
         regime.gap = _FIRST_GAP if regime.spell > 4 * _EVIDENCE else min(2 * regime.gap, _LAST_GAP)
         regime.wait = regime.gap
+        if regime.spell < _EVIDENCE:  # the look was for nothing
+            regime.wait = max(regime.gap, min(regime.burst_ns / plain / _LOOK, _LAST_GAP))
 
     def _stay_plain(self, plain: float) -> None:
         """A look has found nothing: the next one waits longer, and for what this one has cost."""
