@@ -111,6 +111,11 @@ def test_what_is_wider_is_random_and_not_zero(model: ModelFactory, tmp_path: Pat
             np.testing.assert_array_equal(new, old)
 
 
+def test_weights_start_on_cache_lines(model: ModelFactory, tmp_path: Path) -> None:
+    big = inflated(model("qwen35").path, tmp_path / "big.gguf", "--layers", 3)
+    assert not any(t.data_offset % 64 for t in gguf.GGUFReader(big).tensors)
+
+
 def test_new_blocks_are_those_of_the_trunk_but_for_their_outputs(
     model: ModelFactory, tmp_path: Path
 ) -> None:
