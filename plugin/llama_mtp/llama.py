@@ -26,9 +26,10 @@ from .errors import (
     RollbackRefused,
     SpecTypeError,
 )
-from .session import Session, different_vocabulary, shared_prefix, unwatch, watch
+from .session import Session, different_vocabulary, shared_prefix
 from .settings import Plan, make_plan, read_options
 from .stats import SpecStats
+from .watch import unwatch, watch
 
 logger = logging.getLogger("llama_mtp")
 
