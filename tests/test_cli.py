@@ -167,6 +167,14 @@ def test_help_lists_the_commands() -> None:
         assert f" {name} " in text
 
 
+def test_the_package_can_be_run_as_the_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_mtp", "plugins"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == command("plugins", cwd=tmp_path).stdout
+
+
 def test_plugins_and_doctor_know_the_built_in_type(tmp_path: Path) -> None:
     for name in ("plugins", "doctor"):
         done = command(name, cwd=tmp_path)
