@@ -55,6 +55,10 @@ class _Regime:
         self.gap, self.wait = _FIRST_GAP, 0.0  # tokens between bursts, and to the next
         self.burst, self.burst_ns, self.looks = _FIRST_BURST, 0.0, 0
 
+    def worth(self, plain: float) -> float:
+        """How many plain tokens keep the last burst within its share of the time."""
+        return self.burst_ns / plain / _LOOK
+
 
 class DepthPolicy:
     """Makes the rule for each round.
@@ -318,12 +322,12 @@ class DepthPolicy:
         regime.gap = _FIRST_GAP if regime.spell > 4 * _EVIDENCE else min(2 * regime.gap, _LAST_GAP)
         regime.wait = regime.gap
         if regime.spell < _EVIDENCE:  # the look was for nothing
-            regime.wait = max(regime.gap, min(regime.burst_ns / plain / _LOOK, _LAST_GAP))
+            regime.wait = max(regime.gap, min(regime.worth(plain), _LAST_GAP))
 
     def _stay_plain(self, plain: float) -> None:
         """A look has found nothing: the next one waits longer, and for what this one has cost."""
         regime = self._regime
         regime.confirmed = regime.looks > 0
         regime.looks += 1
-        regime.wait = max(regime.gap, regime.burst_ns / plain / _LOOK)
+        regime.wait = max(regime.gap, regime.worth(plain))
         regime.gap = min(2 * regime.gap, _LAST_GAP)
