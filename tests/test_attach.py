@@ -71,7 +71,7 @@ def test_the_draft_context_follows_the_host(
         assert getattr(mine, name) == getattr(target, name), name
     assert mine.n_ctx == llm.n_ctx()
     assert mine.n_rs_seq == 0 and mine.n_outputs_max == 1
-    assert target.n_rs_seq == 3 and 4 <= target.n_outputs_max <= 9
+    assert target.n_rs_seq == 3 and target.n_outputs_max == 4
     assert llm._session._draft.model is llm._model
 
 

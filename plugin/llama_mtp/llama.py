@@ -240,9 +240,8 @@ class Llama(host.StockLlama):
             params.n_rs_seq = plan.n_rs_seq
             if not self._wants_all_rows:
                 # Default 0 reserves n_ubatch rows of logits; a round needs 1 + depth.
-                params.n_outputs_max = host.rows_with_logits(
-                    1 + plan.depth, recurrent=plan.report.rollback != "attention"
-                )
+                rows = host.rows_with_logits(1 + plan.depth, recurrent=plan.recurrent)
+                params.n_outputs_max = rows
         self._fields_set += 1
         self.__dict__["context_params"] = params
 

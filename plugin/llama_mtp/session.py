@@ -107,7 +107,7 @@ class Session:
                 "prefill_window": min(options.prefill_window, target.n_ctx()),
             },
         )
-        self.recurrent = rollback != "attention"
+        self.recurrent = plan.recurrent
         window = 0 if head.shares_kv else options.prefill_window
         self._window = max(window, plan.depth, TAIL) + 1 if window else 0
         self._unread = 0  # positions that the draft context will not read

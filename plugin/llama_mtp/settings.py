@@ -61,6 +61,11 @@ class Plan:
     depth: int  # bound on drafts per round, clamped to what the batch sizes carry
 
     @property
+    def recurrent(self) -> bool:
+        """Whether the target has a recurrent state beside, or instead of, a KV cache."""
+        return self.report.rollback != "attention"
+
+    @property
     def n_rs_seq(self) -> int:
         """Recurrent snapshots the target needs beyond its current state."""
         return self.depth if self.report.rollback == "snapshots" else 0
