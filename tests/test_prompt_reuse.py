@@ -514,7 +514,7 @@ def test_prefill_window_and_environment(
 ) -> None:
     path = str(model("hy_v3").path)
     with Llama(path, **COMMON) as fast:
-        assert fast.__getstate__()["spec_prefill_window"] == 256
+        assert fast.__getstate__()["spec_prefill_window"] == 128
     monkeypatch.setenv("LLAMA_MTP_PREFILL_WINDOW", "64")
     with Llama(path, **COMMON) as fast:
         assert fast.__getstate__()["spec_prefill_window"] == 64

@@ -76,7 +76,7 @@ class Llama(host.StockLlama):
         spec_allow_untested: draft also with an architecture whose head no release of this package
             has run; libllama may abort the process.
         spec_prefill_window: the draft context reads at most this many tokens of what it has not
-            seen (a prompt, a long stretch without drafts) and forgets the rest (default 256; 0: all
+            seen (a prompt, a long stretch without drafts) and forgets the rest (default 128; 0: all
             of them).
 
     The environment variables ``LLAMA_ARG_SPEC_TYPE``, ``LLAMA_ARG_SPEC_DRAFT_N_MAX``,
