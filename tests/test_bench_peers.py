@@ -108,6 +108,13 @@ def test_computing_is_per_token_and_absent_where_unknown() -> None:
     assert peers.cpu_ratios([used(2.0, 10)], [Run(10, 0.1, 1.0)]) == []
 
 
+def test_requests_count_the_prompt_per_token() -> None:
+    """3 s for 10 tokens against 8 s for 20: wherever the seconds lie between prompt and text."""
+    ours, peer = Run(10, 1.0, 2.0), Run(20, 3.0, 5.0)
+    assert peers.request_ratios([ours], [peer]) == pytest.approx([4 / 3])
+    assert peers.request_ratios([Run(10, 0.5, 2.5)], [peer]) == pytest.approx([4 / 3])
+
+
 def test_every_plain_side_is_plain_and_of_the_same_build() -> None:
     for name, side in peers.SIDES.items():
         plain = peers.SIDES[side.plain]
@@ -304,7 +311,7 @@ def test_absent_peers_are_no_errors(
     means = report["geometric_mean_ratios"]["ours / stock"]
     assert means["all"]["median"] == pytest.approx(math.prod(each) ** 0.25)
     assert means["speed-ups"] == means["all"], "stock is our plain side"
-    assert set(means) == {"T 0", "T 0.8", "all", "speed-ups", "computing"}
+    assert set(means) == {"T 0", "T 0.8", "all", "speed-ups", "requests", "computing"}
     assert report["repeats"] == 2
 
 

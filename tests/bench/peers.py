@@ -65,6 +65,11 @@ class Run:
     cpu_seconds: float = 0.0
 
     @property
+    def seconds(self) -> float:
+        """The whole request."""
+        return self.prompt_seconds + self.decode_seconds
+
+    @property
     def rate(self) -> float:
         """Tokens per second after the first; 0.0 for a text of one token."""
         if self.n_tokens < 2 or self.decode_seconds <= 0:
@@ -562,6 +567,14 @@ def cpu_ratios(ours: Sequence[Run], peer: Sequence[Run]) -> list[float]:
     return [p.cpu_seconds / p.n_tokens / (o.cpu_seconds / o.n_tokens) for o, p in pairs]
 
 
+def request_ratios(ours: Sequence[Run], peer: Sequence[Run]) -> list[float]:
+    """Per repeat, the peer's seconds per token over ours, prompt included; empty without a text."""
+    pairs = list(zip(ours, peer, strict=True))
+    if not all(r.n_tokens for pair in pairs for r in pair):
+        return []
+    return [p.seconds / p.n_tokens / (o.seconds / o.n_tokens) for o, p in pairs]
+
+
 def geometric_mean(cells: Sequence[Sequence[float]], draws: int = 2000) -> Spread | None:
     """Of the medians over the repeats of each cell, with a 95 % confidence interval.
 
@@ -614,6 +627,11 @@ def computing(results: Results, ours: str, peer: str) -> Spread | None:
     return over_cells(results, lambda runs: cpu_ratios(runs[ours], runs[peer]), None)
 
 
+def requests(results: Results, ours: str, peer: str) -> Spread | None:
+    """The peer's time per token over ours, wherever the head reads the prompt."""
+    return over_cells(results, lambda runs: request_ratios(runs[ours], runs[peer]), None)
+
+
 def class_table(
     results: Results, name: str, temps: Sequence[float], prompt: Sequence[int]
 ) -> Table:
@@ -652,11 +670,12 @@ def summary_table(results: Results, names: Sequence[str], temps: Sequence[float]
     """Geometric means over the classes: our rate over each peer's, and what checks it."""
     title = "ours over the peer: geometric mean over the classes and 95 % interval"
     table = Table("ours", "peer", title=title)
-    for heading in (*(f"T {temp:g}" for temp in temps), "all", "of speed-ups", "of computing"):
+    checks = "of speed-ups", "of requests", "of computing"
+    for heading in (*(f"T {temp:g}" for temp in temps), "all", *checks):
         table.add_column(heading, justify="right")
     for ours, peer in pairs_of(names):
         columns = [speeds(results, ours, peer, t) for t in (*temps, None)]
-        columns += [gains(results, ours, peer), computing(results, ours, peer)]
+        columns += [of(results, ours, peer) for of in (gains, requests, computing)]
         table.add_row(ours, peer, *(c.text(3) if c else "-" for c in columns))
     return table
 
@@ -676,7 +695,7 @@ def as_json(
     for ours, peer in pairs_of(names):
         found = {f"T {t:g}": speeds(results, ours, peer, t) for t in temps}
         found |= {"all": speeds(results, ours, peer), "speed-ups": gains(results, ours, peer)}
-        found["computing"] = computing(results, ours, peer)
+        found |= {of.__name__: of(results, ours, peer) for of in (requests, computing)}
         means[f"{ours} / {peer}"] = {key: asdict(s) for key, s in found.items() if s is not None}
     runs = [
         {"class": name, "temperature": temp, "side": side, "runs": [asdict(r) for r in those]}
