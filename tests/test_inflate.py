@@ -141,6 +141,7 @@ def test_a_file_that_is_there_stays_there(model: ModelFactory, tmp_path: Path) -
     file.write_text("mine")
     done = script("inflate.py", model("mimo2").path, file, "--size", SIZE)
     assert done.returncode != 0
+    assert "error: " in done.stderr and "Traceback" not in done.stderr
     assert file.read_text() == "mine"
     inflated(model("mimo2").path, file, "--force")
 

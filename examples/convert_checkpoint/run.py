@@ -13,6 +13,7 @@ from pathlib import Path
 from make_checkpoint import make_checkpoint
 
 from llama_mtp import Llama
+from llama_mtp.cli import errors_in_one_line
 from llama_mtp.demo.run import demo_model
 from llama_mtp.gguf_tools.checkpoint import read_head
 from llama_mtp.gguf_tools.graft import graft
@@ -20,7 +21,7 @@ from llama_mtp.gguf_tools.header import read_header
 from llama_mtp.gguf_tools.inspect import check_head
 from llama_mtp.gguf_tools.split import strip
 
-with tempfile.TemporaryDirectory() as temporary:
+with errors_in_one_line(), tempfile.TemporaryDirectory() as temporary:
     folder = Path(temporary)
     if len(sys.argv) > 2:
         base, checkpoint = map(Path, sys.argv[1:3])

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from llama_mtp import Llama
+from llama_mtp.cli import errors_in_one_line
 from llama_mtp.demo.run import demo_model
 from llama_mtp.gguf_tools.graft import graft
 from llama_mtp.gguf_tools.inspect import check_head
@@ -24,7 +25,7 @@ def example_files(folder: Path) -> tuple[Path, Path]:
     return quant, split(other, folder)[1]
 
 
-with tempfile.TemporaryDirectory() as temporary:
+with errors_in_one_line(), tempfile.TemporaryDirectory() as temporary:
     folder = Path(temporary)
     base, head = map(Path, sys.argv[1:3]) if len(sys.argv) > 2 else example_files(folder)
     out = Path(sys.argv[3]) if len(sys.argv) > 3 else folder / "joined.gguf"

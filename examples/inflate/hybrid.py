@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from llama_mtp.bench import PROMPTS
+from llama_mtp.cli import errors_in_one_line
 from llama_mtp.errors import LlamaMtpError
 from llama_mtp.gguf_tools.entries import metadata_of
 from llama_mtp.gguf_tools.header import read_header
@@ -74,4 +75,5 @@ def hybrid(
 
 
 if __name__ == "__main__":
-    typer.run(hybrid)
+    with errors_in_one_line():
+        typer.run(hybrid)

@@ -24,6 +24,7 @@ import numpy as np
 import typer
 from rich.progress import Progress
 
+from llama_mtp.cli import errors_in_one_line
 from llama_mtp.errors import ModelFileError
 from llama_mtp.gguf_tools.entries import decode, elements_type, entry, metadata_of
 from llama_mtp.gguf_tools.header import BLOCKS, Header, read_header
@@ -186,4 +187,5 @@ def inflate(
 
 
 if __name__ == "__main__":
-    typer.run(inflate)
+    with errors_in_one_line():
+        typer.run(inflate)

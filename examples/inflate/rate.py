@@ -22,23 +22,13 @@ import typer
 
 from llama_mtp import Llama
 from llama_mtp.bench import quiet_host
-from llama_mtp.gguf_tools.header import Header, read_header
+from llama_mtp.cli import errors_in_one_line
+from llama_mtp.gguf_tools.forecast import Source
+from llama_mtp.gguf_tools.header import read_header
+from llama_mtp.gguf_tools.inspect import report_on
+from llama_mtp.gguf_tools.reads import token_bytes
 
 Bytes = npt.NDArray[np.uint8]
-
-
-def bytes_read(header: Header) -> int:
-    """Bytes of weights that a decode of one row reads, every expert of a MoE layer counted."""
-    arch = header.metadata["general.architecture"]
-    n_layer = int(str(header.metadata[f"{arch}.block_count"]))
-    n_head = int(str(header.metadata.get(f"{arch}.nextn_predict_layers", 0)))
-    heads = tuple(f"blk.{il}." for il in range(n_layer - n_head, n_layer))
-    tied = "output.weight" not in header.tensors
-    return sum(
-        tensor.n_bytes or 0
-        for name, tensor in header.tensors.items()
-        if not name.startswith(heads) and (tied or name != "token_embd.weight")
-    )
 
 
 def decode_seconds(path: Path, n_threads: int, tokens: int) -> float:
@@ -87,7 +77,8 @@ def rate(
     copies: Annotated[int, typer.Option(min=1, help="Copies to time.")] = 5,
 ) -> None:
     """Print GB/s (1e9 bytes) of a decode of one row and of a copy of as many bytes."""
-    n_bytes = bytes_read(read_header(model))
+    header = read_header(model)
+    n_bytes = token_bytes(Source(header, report_on(header)))
     print(f"{model}: a decode of one row reads {n_bytes / 1e9:.3f} GB")
     print("threads  ms a row  decode GB/s  copy GB/s  decode to copy")
     for n in threads or [1, 2]:
@@ -98,4 +89,5 @@ def rate(
 
 
 if __name__ == "__main__":
-    typer.run(rate)
+    with errors_in_one_line():
+        typer.run(rate)

@@ -30,6 +30,8 @@ class Architecture:
         mrope: positions of one sequence may have gaps (M-RoPE), always.
         chained: may have several heads, one for each draft position; elsewhere more than one head
             aborts.
+        own_output: the head may have an output matrix of its own (``nextn.shared_head_head``);
+            elsewhere the loader refuses a file with such a tensor.
         shares_kv: the head is a model of its own that reads the KV cache of the target.
         target: the architecture of that target.
         requires: tensors of the NextN block, without ``blk.N.``, that the graph uses unchecked or
@@ -42,6 +44,7 @@ class Architecture:
     rollback: Rollback = "attention"
     mrope: bool = False
     chained: bool = False
+    own_output: bool = True
     shares_kv: bool = False
     target: str = ""
     requires: tuple[str, ...] = ()
@@ -79,12 +82,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "cohere2moe": Architecture(gathers=False),
     # Right in either mode; unmasked also leaves the rows of the catch-up readable.
     "nemotron_h_moe": Architecture(
-        gathers=False, rollback="snapshots", requires=("nextn.shared_head_norm.weight",)
+        gathers=False,
+        rollback="snapshots",
+        own_output=False,
+        requires=("nextn.shared_head_norm.weight",),
     ),
     "bailingmoe3": Architecture(
-        gathers=False, rollback="snapshots", requires=("layer_output_norm.weight",)
+        gathers=False,
+        rollback="snapshots",
+        own_output=False,
+        requires=("layer_output_norm.weight",),
     ),
-    "gemma4-assistant": Architecture(gathers=True, shares_kv=True, target="gemma4"),
+    "gemma4-assistant": Architecture(
+        gathers=True, own_output=False, shares_kv=True, target="gemma4"
+    ),
 }
 
 NOT_EXECUTABLE: dict[str, str] = {

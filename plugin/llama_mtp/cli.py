@@ -42,16 +42,23 @@ Threads = Annotated[
 ]
 
 
-def main() -> None:
-    """The console script: an error of our own is one line, not a traceback."""
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """An error of our own ends the process with one line, not with a traceback."""
     try:
-        app()
+        yield
     except LlamaMtpError as error:
         from .show import plain  # an error may quote what a file calls its parts
 
         text = f"[red]error:[/] {plain(str(error))}"
         Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
+
+
+def main() -> None:
+    """The console script."""
+    with errors_in_one_line():
+        app()
 
 
 # --- run ------------------------------------------------------------------------------------------
@@ -280,6 +287,14 @@ def graft(
             "Q4_K, Q3_K, Q2_K or Q4_0; default: as they are.",
         ),
     ] = None,
+    output_type: Annotated[
+        str | None,
+        typer.Option(
+            "--output-type",
+            metavar="TYPE",
+            help="Give the head an output matrix of its own in this type: drafts then read less.",
+        ),
+    ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Put the head in the place of one that is there.")
     ] = False,
@@ -295,14 +310,16 @@ def graft(
     from .gguf_tools import graft as tool
     from .gguf_tools.quantize import TYPES
 
-    if tensor_type is not None and tensor_type.upper() not in TYPES:
-        raise typer.BadParameter(f"--type is one of {', '.join(TYPES)}")
+    for option, kind in (("--type", tensor_type), ("--output-type", output_type)):
+        if kind is not None and kind.upper() not in TYPES:
+            raise typer.BadParameter(f"{option} is one of {', '.join(TYPES)}")
     with _writing(out.name) as progress:
         report = tool.graft(
             base,
             head,
             out,
             type=tensor_type,
+            output_type=output_type,
             replace_head=replace,
             verify=24 if verify else 0,
             n_threads=threads,

@@ -40,6 +40,7 @@ def show_header(console: Console, found: Inspection) -> None:
         "trunk": _types(found.trunk),
         "rollback": _ROLLBACK[found.rollback],
         "head's memory": _memory(found) if found.n_heads else "",
+        "a draft step": _reads(found),
     }
     _grid(console, {name: text for name, text in rows.items() if text})
 
@@ -58,6 +59,10 @@ def show_verdict(console: Console, found: Inspection) -> None:
         _grid(console, rows)
     if found.forecast is not None:
         _show_forecast(console, found)
+    if found.cheaper_command:
+        console.print(
+            f"\nDrafts can read less: [bold]{plain(found.cheaper_command)}[/]", soft_wrap=True
+        )
     if found.verdict == "run":
         option = "spec_type='draft-mtp'"
         if found.draft_model is not None:
@@ -158,6 +163,17 @@ def _types(quantisation: Quantisation) -> str:
 
 def _memory(found: Inspection) -> str:
     return "reads the KV cache of its target" if found.shares_kv else "a KV cache of its own"
+
+
+def _reads(found: Inspection) -> str:
+    """What drafting costs where memory bounds it; nothing where no head runs."""
+    if found.reads is None:
+        return ""
+    whose = "its own output matrix" if found.reads.own_output else "the output matrix"
+    return (
+        f"reads {_mib(found.reads.step)}, {found.reads.share:.0%} of what a token reads; "
+        f"{whose} is {found.reads.output / max(found.reads.step, 1):.0%} of it"
+    )
 
 
 def _mib(size: int, *, sign: bool = False) -> str:

@@ -67,6 +67,7 @@ def graft(
     out: str | os.PathLike[str],
     *,
     type: str | None = None,
+    output_type: str | None = None,
     replace_head: bool = False,
     verify: int = 0,
     n_threads: int | None = None,
@@ -83,6 +84,8 @@ def graft(
         out: the file to write.
         type: store the head's matrices in this type (see `quantize.TYPES`); default: as they are.
             Norms, routers and the like keep theirs.
+        output_type: give every head an output matrix of its own in this type: its own stored anew,
+            or else a copy of the base's. A draft step then reads that one; the text is the base's.
         replace_head: where the base has a head already, put the new one in its place.
         verify: before the file gets its name, load base and result and compare as many greedy
             tokens; 0: don't.
@@ -94,9 +97,10 @@ def graft(
         ModelFileError: a file is damaged, the two do not belong together, or the result would not
             run.
         FileWriteError: ``out`` cannot be written, or must not be.
-        ValueError: ``type`` is unknown.
+        ValueError: a type is unknown.
     """
     wanted = None if type is None else type_number(type)
+    output = None if output_type is None else type_number(output_type)
     out = Path(out)
     trunk = read_header(base)
     blocks = blocks_of(trunk)
@@ -110,6 +114,10 @@ def graft(
     if wanted is not None:
         notes += _fallbacks(tensors, wanted)
         tensors = [requantize(tensor, wanted) for tensor in tensors]
+    if output is not None:
+        own, tensors = _own_outputs(trunk, blocks.n_trunk, source.n_heads, tensors)
+        notes += _fallbacks(own, output)
+        tensors += [requantize(tensor, output) for tensor in own]
     matrices = [t.type for t in tensors if is_matrix(t)] or [t.type for t in tensors]
     types = {type_name(kind): n for kind, n in Counter(matrices).most_common()}
     metadata = _joined_metadata(metadata, plain_metadata(trunk), blocks, source)
@@ -217,6 +225,35 @@ def _renumber(name: str, by: int) -> str:
 
 def _place(tensor: TensorSource, n_trunk: int) -> TensorSource:
     return replace(tensor, name=_renumber(tensor.name, n_trunk))
+
+
+def _own_outputs(
+    base: Header, n_trunk: int, n_heads: int, tensors: list[TensorSource]
+) -> tuple[list[TensorSource], list[TensorSource]]:
+    """Return an output matrix for every head, its own or a copy of the base's; and the rest.
+
+    Raises:
+        ModelFileError: the heads of this architecture read no other than the base's, or the base
+            has none to copy.
+    """
+    architecture = str(base.metadata["general.architecture"])
+    if not ARCHITECTURES[architecture].own_output:
+        raise ModelFileError(
+            f"A {architecture} head has no output matrix of its own in llama.cpp. Leave out "
+            "--output-type."
+        )
+    names = [f"blk.{n_trunk + i}.nextn.shared_head_head.weight" for i in range(n_heads)]
+    there = {tensor.name: tensor for tensor in tensors if tensor.name in names}
+    shared = base.tensors.get("output.weight") or base.tensors.get("token_embd.weight")
+    if shared is None:
+        raise ModelFileError(f"{base.path} has no output matrix to copy. Convert the model again.")
+    if "output.scale" in base.tensors:
+        raise ModelFileError(
+            f"{base.path} has an output matrix with a scale apart, which cannot be stored anew. "
+            "Leave out --output-type."
+        )
+    own = [there.get(name) or stored(base, shared, name) for name in names]
+    return own, [tensor for tensor in tensors if tensor.name not in there]
 
 
 def _fallbacks(tensors: list[TensorSource], wanted: int) -> list[str]:
