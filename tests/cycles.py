@@ -1,7 +1,7 @@
 """A hybrid model of any width whose head has a known share of right words in each class of prompts.
 
 The words are split into cycles of one length, a class each. A text stays in the cycle in which it
-starts, and the last token of the prompt says which that is: a word its own, any other byte the
+starts, and the last token of the prompt says which that is: a word its own, any other token the
 cycle of the remainder of its distance from the digit 0, so that a prompt that ends in the digit 3
 starts cycle 3. The chat template cuts a prompt short and ends in a digit.
 
@@ -68,6 +68,7 @@ def build(
     doubtful: float = 0.4,
     mistaken: float = 0.1,
     state_scale: float = 0.1,
+    n_vocab: int = 0,
     prompts: Mapping[str, str] = PROMPTS,
     seed: int = 1,
 ) -> Cycles:
@@ -84,6 +85,8 @@ def build(
         mistaken: share of the right words of which the head is not sure, and of the wrong ones of
             which it is.
         state_scale: what a block adds, the token's own direction being 1.
+        n_vocab: tokens in all, 0 for as many as are needed: words that no text has make the output
+            matrix as large as a real one.
         prompts: class by class what a user says; the chat template ends the k-th in the digit of
             cycle k modulo their number, and any other text in that of its length.
 
@@ -102,24 +105,28 @@ def build(
         )
     rng = np.random.default_rng(seed)
     words = models.FIRST_WORD + rng.permutation(n_words).reshape(len(shares), period)
-    n_vocab = models.FIRST_WORD + n_words
+    end = models.FIRST_WORD + n_words
+    n_vocab = max(n_vocab, end)
+    silent = np.r_[: models.FIRST_WORD, end:n_vocab]
 
-    # Dimension 0 is constant and keeps bytes and special tokens out of the text.
-    direction = np.zeros((n_words, n_embd))
+    # Dimension 0 is constant and keeps all that are no words of a cycle out of the text.
+    direction = np.zeros((n_words, n_embd), dtype=np.float32)
     direction[:, 1:] = np.linalg.qr(rng.normal(size=(n_embd - 1, n_words)))[0].T
-    output = np.zeros((n_vocab, n_embd))
-    output[models.FIRST_WORD :] = direction * PEAK / np.sqrt(n_embd)
-    output[: models.FIRST_WORD, 0] = -2 * PEAK
+    output = np.zeros((n_vocab, n_embd), dtype=np.float32)
+    output[models.FIRST_WORD : end] = direction * PEAK / np.sqrt(n_embd)
+    output[end:] = rng.standard_normal((n_vocab - end, n_embd), dtype=np.float32)
+    output[end:] *= PEAK / n_embd
+    output[silent, 0] = -2 * PEAK
 
     # What comes one, two, three, four words after a token, by the distance less one.
     after = np.empty((n_vocab, 4), dtype=np.int64)
-    lead = words[(np.arange(models.FIRST_WORD) - models.N_SPECIAL - ord("0")) % len(shares)]
-    start = rng.integers(0, period, models.FIRST_WORD)
+    lead = words[(silent - models.N_SPECIAL - ord("0")) % len(shares)]
+    start = rng.integers(0, period, len(silent))
     for ahead in range(4):
         after[words, ahead] = np.roll(words, -1 - ahead, axis=1)
-        after[: models.FIRST_WORD, ahead] = np.take_along_axis(
-            lead, (start[:, None] + ahead) % period, axis=1
-        )[:, 0]
+        after[silent, ahead] = np.take_along_axis(lead, (start[:, None] + ahead) % period, axis=1)[
+            :, 0
+        ]
 
     right = np.ones(n_vocab, dtype=bool)
     sure = np.ones(n_vocab, dtype=bool)
@@ -131,13 +138,12 @@ def build(
             swapped = rng.permutation(kind)[: round(mistaken * len(kind))]
             sure[swapped] = ~right[swapped]
 
-    def mixed(odds: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def mixed(odds: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
         """Embeddings [n_vocab, n_embd] after which the words of ``after`` have these ``odds``."""
-        logits = _logits(odds)
-        rows: npt.NDArray[np.float64] = np.einsum(
-            "tk,tke->te", logits, direction[after - models.FIRST_WORD]
-        )
-        rows *= np.sqrt(n_embd) / PEAK
+        weights = (_logits(odds) * np.sqrt(n_embd) / PEAK).astype(np.float32)
+        rows = np.zeros((n_vocab, n_embd), dtype=np.float32)
+        for ahead in range(4):
+            rows += weights[:, ahead, None] * direction[after[:, ahead] - models.FIRST_WORD]
         rows[:, 0] = 1.0
         return rows
 
@@ -184,7 +190,7 @@ def build(
         tensors,
         n_embd=n_embd,
         n_ff=N_FF,
-        words=[texts[token] for token in sorted(texts)],
+        words=[texts.get(token, f"\u2581_{token}") for token in range(models.FIRST_WORD, n_vocab)],
         chat_template=_chat_template(list(prompts.values()), len(shares)),
     )
     heads = after[every, best]

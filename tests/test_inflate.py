@@ -21,6 +21,7 @@ from conftest import COMMON, ModelFactory
 from llama_mtp import Llama
 from llama_mtp.bench import PROMPTS, chat_tokens, generate
 from llama_mtp.gguf_tools.entries import metadata_of
+from llama_mtp.gguf_tools.graft import graft
 from llama_mtp.gguf_tools.header import read_header
 from llama_mtp.gguf_tools.quantize import requantize, type_number
 from llama_mtp.gguf_tools.write import stored, write_gguf
@@ -187,6 +188,17 @@ def test_each_class_accepts_the_share_that_it_was_made_with(
     small = stored_as(made.model.path, tmp_path / "small.gguf", kind)
     big = inflated(small, tmp_path / "big.gguf", "--layers", 8)
     for path in (small, big):
+        found = [first_rounds(path, words) for words in made.words]
+        assert found == [(20, 18), (20, 10), (20, 0)]
+
+
+def test_words_that_no_text_has_cost_the_head_nothing_but_time(tmp_path: Path) -> None:
+    """Nor does an output matrix of its own in few bits: the right word is right by far."""
+    small, own = tmp_path / "small.gguf", tmp_path / "own.gguf"
+    made = cycles.build(small, n_embd=256, shares=SHARES, period=20, n_vocab=6000)
+    assert {t.name: t.shape[1] for t in gguf.GGUFReader(small).tensors}["output.weight"] == 6000
+    graft(small, small, own, replace_head=True, output_type="Q4_0")
+    for path in (small, own):
         found = [first_rounds(path, words) for words in made.words]
         assert found == [(20, 18), (20, 10), (20, 0)]
 

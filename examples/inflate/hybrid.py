@@ -42,6 +42,9 @@ def hybrid(
     mistaken: Annotated[
         float, typer.Option(min=0, max=1, help="Share of words with the wrong one of these two.")
     ] = 0.1,
+    vocabulary: Annotated[
+        int, typer.Option(min=0, help="Tokens in all: words that no text has fill the output.")
+    ] = 0,
     force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
 ) -> None:
     """Write FILE and print which class has which share of right words."""
@@ -57,6 +60,7 @@ def hybrid(
                 confident=confident,
                 doubtful=doubtful,
                 mistaken=mistaken,
+                n_vocab=vocabulary,
             )
         except ValueError as e:
             raise LlamaMtpError(str(e)) from e

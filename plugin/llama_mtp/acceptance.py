@@ -24,7 +24,7 @@ _HOPE = 0.75  # ... and where a draft has none
 
 _WORSE = 0.3  # of its chance that a draft is right: the turn that is watched for
 _ALARM = 7.0  # logarithm of how much likelier that must be
-_REST = 4.0  # verdicts that the time before a turn counts as, and another way of sampling
+_REST = 4.0  # verdicts that another text, or another way of sampling, counts as
 
 
 class Acceptance:
@@ -47,7 +47,7 @@ class Acceptance:
         self._recent: list[tuple[int, bool]] = []  # those verdicts
         if like is not None:
             self._hits, self._tries = like._hits[:], like._tries[:]
-            self._fade()
+            self.fade()
             self._position, self._predicted = like._position[:], like._predicted[:]
             weight = 8.0 / max(8.0, *map(max, like._shares))
             self._shares = [[n * weight for n in shares] for shares in like._shares]
@@ -99,7 +99,7 @@ class Acceptance:
             self._recent.clear()
         if self._doubt < _ALARM:
             return False
-        self._fade()
+        self.fade()
         for k, agreed in self._recent[:-1]:  # the last is counted by the caller
             self._hits[k] += agreed
             self._tries[k] += 1.0
@@ -107,7 +107,7 @@ class Acceptance:
         self._recent.clear()
         return True
 
-    def _fade(self) -> None:
+    def fade(self) -> None:
         """Let what was counted so far weigh ``_REST`` verdicts a class at most."""
         for c in range(CLASSES):
             weight = min(1.0, _REST / self._tries[c])

@@ -29,7 +29,9 @@ _FIRST_BURST = 4  # rounds that draft unverified at the start ...
 _BURST = 4  # ... and later
 _BURST_WINDOW = 32  # rows of the text that later ones read; more would cost more than they tell
 _FIRST_GAP, _LAST_GAP = 16, 256  # plain tokens between bursts, doubled while nothing changes
-_LOOK = 0.005  # share of the time that bursts may take
+_LOOK = 0.005  # share of the time that bursts may take ...
+_FRESH_LOOK = 0.01  # ... and the one at the start of a new text, of the time of the text before
+_TEXT = 64  # tokens after which the next generation counts as a new text
 _PLAIN_ROUNDS = 3  # for which drafting stops to time plain decoding again ...
 _FIRST_CHECK, _LAST_CHECK = 16, 512  # ... after so many rounds, doubled while it costs the same
 _SAME = 0.15  # relative difference of the same cost
@@ -74,7 +76,7 @@ class DepthPolicy:
 
     __slots__ = (
         "_adaptive", "_before", "_check", "_confident", "_constant", "_costs", "_depth_bound",
-        "_depth_max", "_depth_min", "_due", "_regime", "_regimes", "_resumed", "_rule",
+        "_depth_max", "_depth_min", "_due", "_regime", "_regimes", "_resumed", "_rule", "_said",
     )  # fmt: skip
 
     def __init__(
@@ -103,6 +105,7 @@ class DepthPolicy:
         self._regime = _Regime(Acceptance(depth_max, confident=confident))
         self._regimes: dict[Hashable, _Regime] = {None: self._regime}
         self._rule = _PLAIN  # plain decoding is timed first
+        self._said = 0  # tokens since a text began
 
     # ---- settings
 
@@ -150,7 +153,7 @@ class DepthPolicy:
         """A generation begins: acceptance is counted apart for each way of ``sampling``.
 
         What is not known of a new one is taken from the one before it. Costs are those of the
-        machine, whatever is sampled.
+        machine, whatever is sampled. The text may be of another kind than the last one.
         """
         regime = self._regimes.pop(sampling, None)
         if regime is None:
@@ -165,6 +168,8 @@ class DepthPolicy:
             self._due = 0
             if self._costs.plain.n:
                 self._plan()
+        if self._said >= _TEXT:
+            self._begin_text()
 
     def choose(self) -> Rule:
         """Return the rule for the next round."""
@@ -242,12 +247,23 @@ class DepthPolicy:
 
     # ---- what to do next
 
+    def _begin_text(self) -> None:
+        """Old verdicts weigh less, and where drafting rests, a look comes early if it is cheap."""
+        regime, plain = self._regime, self._costs.plain.ns
+        regime.accept.fade()
+        resting = not regime.drafting and not regime.burst
+        if resting and 0 < regime.burst_ns <= _FRESH_LOOK * self._said * plain:
+            regime.wait, regime.burst, regime.burst_ns = 0.0, _BURST, 0.0
+            self._plan()
+        self._said = 0
+
     def _advance(
         self, drafted: int, picks: int, ns: int, draft_ns: int, sampled: int, new: bool
     ) -> None:
         """Book a round with the regime, and make a new rule where one is due."""
         regime = self._regime
         self._due -= 1
+        self._said += sampled
         if regime.drafting:
             regime.spell += 1
             regime.tokens = regime.tokens * _KEEP_RATE + sampled
