@@ -132,6 +132,14 @@ def test_a_gpu_that_was_left_out_is_mentioned(ratio: float) -> None:
         assert mentioned == (can_offload and not on_gpu)
 
 
+@pytest.mark.parametrize("ratio", [1.5, 1.0, 0.8])
+def test_cheaper_drafts_are_mentioned(ratio: float) -> None:
+    tried = replace(GOOD, ratio=ratio, depth=2 if ratio > 1 else 0)
+    said = judge(tried, "llama-mtp graft it")
+    assert said.attempts == ("llama-mtp graft it: drafts then read less",)
+    assert judge(tried).attempts == ()
+
+
 def test_an_environment_that_no_model_would_load_with_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -154,7 +162,7 @@ def test_a_good_head_drafts_the_same_tokens(model: ModelFactory) -> None:
     assert tried.accepted > tried.drafted / 2
     assert tried.memory["draft KV"] > 0
     assert tried.plain_rate > 0
-    assert found.judgement == judge(tried)
+    assert found.judgement == judge(tried, found.inspection.cheaper_command)
     assert found.judgement.verdict in ("on", "even", "off")  # it is a model of microseconds
 
 

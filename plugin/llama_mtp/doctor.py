@@ -108,7 +108,7 @@ def examine(path: str, draft_model: str | None = None, **options: Any) -> Examin
     outcome = run_trial(path, **options, **own_head)
     if isinstance(outcome, Judgement):
         return Examination(inspection, None, outcome)
-    return Examination(inspection, outcome, judge(outcome))
+    return Examination(inspection, outcome, judge(outcome, inspection.cheaper_command))
 
 
 def default_threads() -> int:

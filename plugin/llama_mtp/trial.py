@@ -71,8 +71,8 @@ class Judgement:
     attempts: tuple[str, ...] = field(default=())
 
 
-def judge(trial: Trial) -> Judgement:
-    """Turn measurements into advice."""
+def judge(trial: Trial, cheaper_command: str = "") -> Judgement:
+    """Turn measurements into advice; ``cheaper_command`` is that of the file's inspection."""
     if not trial.drafted:
         return Judgement("even", "Nothing was drafted, so nothing can be said; use longer texts.")
     first = trial.acceptance[0]
@@ -95,6 +95,8 @@ def judge(trial: Trial) -> Judgement:
     )
     gpu = ("--n-gpu-layers -1: only the processor was tried",)
     attempts = gpu if trial.can_offload and not trial.on_gpu else ()
+    if cheaper_command:
+        attempts += (f"{cheaper_command}: drafts then read less",)
     if trial.ratio < 1 / _WORTH and trial.depth:
         return Judgement(
             "even",
