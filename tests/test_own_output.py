@@ -105,8 +105,8 @@ def test_one_that_is_there_is_stored_anew(model: ModelFactory, tmp_path: Path) -
     graft(whole, whole, own, replace_head=True, output_type="F32")
     for tensor in own_outputs(own, "r+"):
         tensor.data[:] = 0.5
-    report = graft(own, own, smaller, replace_head=True, output_type="Q8_0")
-    assert report.head_types["Q8_0"] == 2
+    report = graft(own, own, smaller, replace_head=True, type="F16", output_type="Q8_0")
+    assert report.head_types["Q8_0"] == 2 and set(report.head_types) == {"F16", "Q8_0"}
     assert all(t.tensor_type.name == "Q8_0" for t in own_outputs(smaller))
     for tensor in own_outputs(smaller):  # its own, and not the trunk's
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)

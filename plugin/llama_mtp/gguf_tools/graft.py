@@ -111,13 +111,15 @@ def graft(
     notes = check_match(trunk, blocks, metadata, source)
 
     tensors = [_place(tensor, blocks.n_trunk) for tensor in source.tensors]
-    if wanted is not None:
-        notes += _fallbacks(tensors, wanted)
-        tensors = [requantize(tensor, wanted) for tensor in tensors]
+    own: list[TensorSource] = []
     if output is not None:
         own, tensors = _own_outputs(trunk, blocks.n_trunk, source.n_heads, tensors)
         notes += _fallbacks(own, output)
-        tensors += [requantize(tensor, output) for tensor in own]
+        own = [requantize(tensor, output) for tensor in own]
+    if wanted is not None:
+        notes += _fallbacks(tensors, wanted)
+        tensors = [requantize(tensor, wanted) for tensor in tensors]
+    tensors += own
     matrices = [t.type for t in tensors if is_matrix(t)] or [t.type for t in tensors]
     types = {type_name(kind): n for kind, n in Counter(matrices).most_common()}
     metadata = _joined_metadata(metadata, plain_metadata(trunk), blocks, source)
