@@ -94,7 +94,7 @@ def judge(trial: Trial, cheaper_command: str = "") -> Judgement:
         f"{trial.ratio:.2f} times as fast as plain decoding, {first:.0%} of first drafts agree"
     )
     gpu = ("--n-gpu-layers -1: only the processor was tried",)
-    attempts = gpu if trial.can_offload and not trial.on_gpu else ()
+    attempts: tuple[str, ...] = gpu if trial.can_offload and not trial.on_gpu else ()
     if cheaper_command:
         attempts += (f"{cheaper_command}: drafts then read less",)
     if trial.ratio < 1 / _WORTH and trial.depth:
