@@ -23,8 +23,8 @@ from llama_mtp.architectures import ARCHITECTURES
 from llama_mtp.errors import ModelFileError
 from llama_mtp.gguf_tools.graft import graft
 from llama_mtp.gguf_tools.inspection import Inspection, inspect_file
+from llama_mtp.gguf_tools.reads import OWN_OUTPUT
 
-OWN = "nextn.shared_head_head.weight"
 WITH = sorted(name for name, known in ARCHITECTURES.items() if known.own_output)
 WITHOUT = sorted(set(ARCHITECTURES) - set(WITH) - {"gemma4-assistant"})  # a file of its own
 N_TOKENS = 24
@@ -64,7 +64,7 @@ def drafted(path: Path) -> tuple[list[int], dict[int, int]]:
 
 
 def own_outputs(path: Path, mode: str = "r") -> list[gguf.ReaderTensor]:
-    return [t for t in gguf.GGUFReader(path, mode).tensors if t.name.endswith(OWN)]
+    return [t for t in gguf.GGUFReader(path, mode).tensors if t.name.endswith(OWN_OUTPUT)]
 
 
 @pytest.mark.parametrize("arch", WITH)

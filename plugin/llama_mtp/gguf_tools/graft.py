@@ -23,6 +23,7 @@ from .header import Header, TensorInfo, read_header, type_name
 from .inspect import report_on
 from .match import check_match
 from .quantize import is_matrix, requantize, type_for, type_number
+from .reads import OWN_OUTPUT, output_matrix
 from .split import (
     PER_LAYER,
     PROVENANCE,
@@ -244,9 +245,9 @@ def _own_outputs(
             f"A {architecture} head has no output matrix of its own in llama.cpp. Leave out "
             "--output-type."
         )
-    names = [f"blk.{n_trunk + i}.nextn.shared_head_head.weight" for i in range(n_heads)]
+    names = [f"blk.{n_trunk + i}.{OWN_OUTPUT}" for i in range(n_heads)]
     there = {tensor.name: tensor for tensor in tensors if tensor.name in names}
-    shared = base.tensors.get("output.weight") or base.tensors.get("token_embd.weight")
+    shared = output_matrix(base)
     if shared is None:
         raise ModelFileError(f"{base.path} has no output matrix to copy. Convert the model again.")
     if "output.scale" in base.tensors:

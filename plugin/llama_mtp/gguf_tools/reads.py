@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .forecast import Source
-from .header import TensorInfo
+from .header import Header, TensorInfo
 
-_OWN_OUTPUT = "nextn.shared_head_head.weight"
+OWN_OUTPUT = "nextn.shared_head_head.weight"
+"""Of a NextN block: an output matrix that this head alone reads."""
+
 _TABLES = ("token_embd.weight", "nextn.embed_tokens.weight")  # of which one row is read
 
 
@@ -40,8 +42,8 @@ def reads(target: Source, head: Source) -> Reads | None:
         return None
     prefix = f"blk.{head.head_layers.start}."
     block = {t.name.removeprefix(prefix): t for t in head.head if t.name.startswith(prefix)}
-    own = block.pop(_OWN_OUTPUT, None)
-    output = _size(own or _output(target))
+    own = block.pop(OWN_OUTPUT, None)
+    output = _size(own or output_matrix(target.header))
     return Reads(
         token=token_bytes(target),
         step=_read(head, block.values()) + output,
@@ -52,15 +54,15 @@ def reads(target: Source, head: Source) -> Reads | None:
 
 def token_bytes(target: Source) -> int:
     """Bytes of weights that a decode of one row by the trunk reads."""
-    output, heads = _output(target), {tensor.name for tensor in target.head}
+    output, heads = output_matrix(target.header), {tensor.name for tensor in target.head}
     tensors = target.header.tensors.items()
     trunk = [t for name, t in tensors if name not in heads and t is not output]
     return _read(target, trunk) + _size(output)
 
 
-def _output(target: Source) -> TensorInfo | None:
-    tensors = target.header.tensors
-    return tensors.get("output.weight") or tensors.get("token_embd.weight")
+def output_matrix(header: Header) -> TensorInfo | None:
+    """The trunk's output matrix, which may be its table of embeddings; None if there is none."""
+    return header.tensors.get("output.weight") or header.tensors.get("token_embd.weight")
 
 
 def _read(source: Source, tensors: Iterable[TensorInfo]) -> int:
