@@ -41,20 +41,24 @@ def ratios(ours: Sequence[Run], peer: Sequence[Run]) -> list[float]:
     return [o.rate / p.rate for o, p in pairs] if all(o.rate and p.rate for o, p in pairs) else []
 
 
+def per_token(
+    ours: Sequence[Run], peer: Sequence[Run], seconds: Callable[[Run], float]
+) -> list[float]:
+    """Per repeat, the peer's seconds per token over ours; empty if a run has none of either."""
+    pairs = list(zip(ours, peer, strict=True))
+    if not all(seconds(r) and r.n_tokens for pair in pairs for r in pair):
+        return []
+    return [seconds(p) / p.n_tokens / (seconds(o) / o.n_tokens) for o, p in pairs]
+
+
 def cpu_ratios(ours: Sequence[Run], peer: Sequence[Run]) -> list[float]:
     """Per repeat, the peer's computing per token over ours; empty if it is not known."""
-    pairs = list(zip(ours, peer, strict=True))
-    if not all(r.cpu_seconds and r.n_tokens for pair in pairs for r in pair):
-        return []
-    return [p.cpu_seconds / p.n_tokens / (o.cpu_seconds / o.n_tokens) for o, p in pairs]
+    return per_token(ours, peer, lambda run: run.cpu_seconds)
 
 
 def request_ratios(ours: Sequence[Run], peer: Sequence[Run]) -> list[float]:
-    """Per repeat, the peer's seconds per token over ours, prompt included; empty without a text."""
-    pairs = list(zip(ours, peer, strict=True))
-    if not all(r.n_tokens for pair in pairs for r in pair):
-        return []
-    return [p.seconds / p.n_tokens / (o.seconds / o.n_tokens) for o, p in pairs]
+    """Per repeat, the peer's time per token over ours, prompt included; empty without a text."""
+    return per_token(ours, peer, lambda run: run.seconds)
 
 
 def geometric_mean(cells: Sequence[Sequence[float]], draws: int = 2000) -> Spread | None:
