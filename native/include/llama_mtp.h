@@ -108,6 +108,12 @@ struct mtp_session_params {
     int32_t all_outputs; /* 1: every row of the draft context is an output, for a graph that nobody has run yet */
     int32_t prefill_window; /* most waiting rows that the draft context reads, at least 1 + n_draft_max, which is what
                              * rounds leave behind; 0: all. Without effect where KV is shared */
+    /* A head that knows a part of the vocabulary only; all three 0 or NULL: the draft context has the target's. Both
+     * arrays are copied. */
+    int32_t         n_draft_vocab;
+    const int32_t * draft_tokens; /* [n_draft_vocab] the target's token of each of the draft context's */
+    const int32_t * stand_ins;    /* [n_vocab] the draft context's token for each of the target's: the same one where it
+                                   * has it, else what is to be read in its place */
 };
 
 enum { MTP_CLASSES = 8, MTP_MAX_DEPTH = 64 };
@@ -169,9 +175,9 @@ void mtp_session_close(mtp_session * session, int detach);
 const char * mtp_session_error(const mtp_session * session);
 
 /* MTP_OK when two llama_vocab have the same tokens: number, text and attributes of each. Otherwise text says where they
- * part. */
+ * part. With tokens, b has n_tokens, and tokens[i] is the one of a that token i of b has to be. */
 int mtp_compare_vocabularies(const struct mtp_host_api * api, const struct mtp_host_layout * layout, const void * a,
-                             const void * b, char * text, size_t n_text);
+                             const void * b, const int32_t * tokens, int32_t n_tokens, char * text, size_t n_text);
 
 /* --- capture: after each decode of the target that the session did not do itself --------------------------------- */
 

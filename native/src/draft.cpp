@@ -24,7 +24,7 @@ bool any_above(const float * x, int32_t n, float bar) {
 
 drafter::drafter(const host_api & api, const mtp_session_params & params)
     : api_(api), params_(params), memory_(api.get_memory(params.draft)), queue_(params.n_batch + window(), params.n_embd),
-      batch_(params.n_batch, params.n_embd), hidden_(params.n_embd), chain_(nullptr, api.sampler_free),
+      batch_(params.n_batch, params.n_embd), vocabulary_(params), hidden_(params.n_embd), chain_(nullptr, api.sampler_free),
       pick_(&drafter::pick_host), add_step_(&drafter::grow), n_heads_(1) {
     if (memory_ == nullptr) {
         throw failure(MTP_HOST, "the draft context has no memory");
@@ -170,6 +170,10 @@ bool drafter::decode() {
     return true;
 }
 
+void drafter::push(int32_t token, int32_t pos, bool output, const float * hidden) {
+    batch_.push(vocabulary_.to_draft(token), pos, output, hidden);
+}
+
 // Starts a batch with the rows that wait for positions below end, behind the true rows of the memory.
 void drafter::load_waiting(int32_t end) {
     batch_.clear();
@@ -183,7 +187,7 @@ void drafter::load_waiting(int32_t end) {
         batch_.borrow(queue_.hidden(queue_.decoded()));
     }
     for (int32_t p = queue_.decoded(); p < end; ++p) {
-        batch_.push(queue_.token(p), p, params_.all_outputs != 0, queue_.hidden(p));
+        push(queue_.token(p), p, params_.all_outputs != 0, queue_.hidden(p));
     }
     base_ = memory_end_ = queue_.decoded();
     if (chained()) {
@@ -220,7 +224,7 @@ picks drafter::draft(int32_t last, int32_t pos, int32_t depth, const mtp_rule & 
 
     // Catch-up and first step in one decode; only its last row is an output.
     load_waiting(pos);
-    batch_.push(last, pos, true, queue_.hidden(pos));
+    push(last, pos, true, queue_.hidden(pos));
     const int32_t n_true = batch_.size();
     if (!decode()) {
         return drafts;
@@ -231,16 +235,17 @@ picks drafter::draft(int32_t last, int32_t pos, int32_t depth, const mtp_rule & 
     for (;; ++n_steps) {
         const int32_t row  = batch_.size() - 1;
         const pick    next = (this->*pick_)(row);
-        if (next.token < 0 || next.token >= params_.n_vocab || next.p < rule.p_min) {
+        if (next.token < 0 || next.token >= vocabulary_.n_draft() || next.p < rule.p_min) {
             break;
         }
+        const int32_t token = vocabulary_.to_target(next.token);
         chance *= accept_of(rule, n_steps - 1, next.klass);
-        drafts.tokens.push_back(next.token);
+        drafts.tokens.push_back(token);
         drafts.classes.push_back(next.klass);
         if (n_steps == depth || chance < rule.go[n_steps] || !read_hidden(row)) {
             break;
         }
-        if (!(this->*add_step_)(next.token, pos, n_steps) || !decode()) {
+        if (!(this->*add_step_)(token, pos, n_steps) || !decode()) {
             return drafts;
         }
     }
@@ -250,13 +255,13 @@ picks drafter::draft(int32_t last, int32_t pos, int32_t depth, const mtp_rule & 
 
 bool drafter::grow(int32_t token, int32_t pos, int32_t i) {
     batch_.clear();
-    batch_.push(token, pos + i, true, hidden_.data());
+    push(token, pos + i, true, hidden_.data());
     return true;
 }
 
 bool drafter::stay(int32_t token, int32_t pos, int32_t) {
     batch_.clear();
-    batch_.push(token, pos, true, hidden_.data());
+    push(token, pos, true, hidden_.data());
     return true;
 }
 
@@ -266,7 +271,7 @@ bool drafter::chain(int32_t token, int32_t pos, int32_t i) {
     }
     api_.set_nextn_layer_offset(params_.draft, i);
     batch_.set_output(batch_.size() - 1, params_.all_outputs != 0);
-    batch_.push(token, pos + i, true, hidden_.data());
+    push(token, pos + i, true, hidden_.data());
     return true;
 }
 
@@ -316,8 +321,8 @@ drafter::pick drafter::pick_host(int32_t row) {
     float   best[n_top];
     int32_t best_token = -1;
     int     n          = 0;
-    for (int32_t start = 0; start < params_.n_vocab; start += n_block) {
-        const int32_t end = std::min(start + n_block, params_.n_vocab);
+    for (int32_t start = 0; start < vocabulary_.n_draft(); start += n_block) {
+        const int32_t end = std::min(start + n_block, vocabulary_.n_draft());
         if (n == n_top && !any_above(logits + start, end - start, best[n_top - 1])) {
             continue;
         }

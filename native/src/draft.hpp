@@ -3,6 +3,7 @@
 
 #include "capture.hpp"
 #include "rule.hpp"
+#include "vocabulary.hpp"
 
 #include <algorithm>
 #include <memory>
@@ -79,7 +80,7 @@ class drafter {
     static constexpr int max_failures = 3;  // then the draft context is left alone for good
 
     struct pick {
-        int32_t token;
+        int32_t token;  // the draft context's own
         float   p;
         uint8_t klass;
     };
@@ -94,6 +95,7 @@ class drafter {
 
     void keep_waiting(int32_t n);
     void keep_window(int32_t most = 0);
+    void push(int32_t token, int32_t pos, bool output, const float * hidden);
     void load_waiting(int32_t end);
     void catch_up();
     bool grow(int32_t token, int32_t pos, int32_t i);
@@ -112,6 +114,7 @@ class drafter {
     void *                   memory_;
     capture_queue            queue_;
     row_batch                batch_;
+    const token_map          vocabulary_;
     std::vector<float>       hidden_;      // the head's own row for the next step
     std::unique_ptr<void, void (*)(void *)> chain_;
     pick (drafter::*pick_)(int32_t row);   // resolved once: on the device, or on the host with its probability

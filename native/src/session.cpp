@@ -328,12 +328,12 @@ int mtp_session_open(const mtp_host_api * api, const mtp_host_layout * layout, c
 }
 
 int mtp_compare_vocabularies(const mtp_host_api * api, const mtp_host_layout * layout, const void * a, const void * b,
-                             char * text, size_t n_text) {
+                             const int32_t * tokens, int32_t n_tokens, char * text, size_t n_text) {
     std::string error = "an argument of mtp_compare_vocabularies is NULL";
     int         status = MTP_INVALID;
     if (api != nullptr && layout != nullptr && a != nullptr && b != nullptr) {
         status = guarded(error, [&] {
-            const std::string difference = mtp::compare_vocabularies(mtp::resolve(*api, *layout), a, b);
+            const std::string difference = mtp::compare_vocabularies(mtp::resolve(*api, *layout), a, b, tokens, n_tokens);
             if (!difference.empty()) {
                 throw failure(MTP_INVALID, difference);
             }

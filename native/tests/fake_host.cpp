@@ -74,6 +74,17 @@ void write_row(context & c, float * row, int32_t pos) {
     row[2] = is_target(c) ? 1.0f : 2.0f;
 }
 
+// The target's token that a token of the draft context means. What it lacks it was given a stand-in for.
+int32_t read_as(int32_t token, int32_t pos) {
+    const auto & v = current->vocabulary;
+    if (v.tokens.empty()) {
+        return token;
+    }
+    CHECK(token >= 0 && token < current->opt.n_draft_vocab);
+    const bool known = pos < static_cast<int32_t>(current->truth.size());
+    return known && v.stand_ins[current->truth[pos]] == token ? current->truth[pos] : v.tokens[token];
+}
+
 // A row of the draft context: the token of the text at pos with the target's row of the position before; only beyond
 // the target's end may it be the head's own proposal with the head's own row. True when it is of the latter kind.
 bool check_draft_row(const context & d, int32_t token, const float * embd, int32_t pos) {
@@ -174,7 +185,8 @@ int32_t decode(void * ctx, batch b) {
     int32_t n_outputs = 0, row = 0;
     for (int32_t i = 0; i < b.n_tokens; ++i) {
         CHECK(b.n_seq_id[i] == 1 && b.seq_id[i][0] == 0);
-        CHECK(b.token[i] >= 0 && b.token[i] < n_vocab);
+        const int32_t token = is_target(c) ? b.token[i] : read_as(b.token[i], b.pos[i]);
+        CHECK(token >= 0 && token < n_vocab);
         if (c.tokens.empty()) {
             c.start = b.pos[i];
             CHECK(!is_target(c) || c.start == 0);
@@ -194,14 +206,14 @@ int32_t decode(void * ctx, batch b) {
             }
             auto & layer = c.written[c.head];
             layer.resize(std::max<size_t>(layer.size(), b.pos[i] + 1), -1);
-            layer[b.pos[i]] = b.token[i];
+            layer[b.pos[i]] = token;
         }
         const bool own =
-            !is_target(c) && check_draft_row(c, b.token[i], b.embd + static_cast<size_t>(i) * n_embd, b.pos[i]);
-        c.tokens.push_back(b.token[i]);
+            !is_target(c) && check_draft_row(c, token, b.embd + static_cast<size_t>(i) * n_embd, b.pos[i]);
+        c.tokens.push_back(token);
         c.own.push_back(own);
         if (two_parts) {
-            c.state.push_back(b.token[i]);
+            c.state.push_back(token);
         }
         c.outputs[i] = b.logits[i] != 0;
         n_outputs += c.outputs[i] ? 1 : 0;
@@ -316,7 +328,9 @@ int32_t proposal(const context & c) {
     const int32_t pos = current->opt.shares_kv && !is_target(c) ? current->target.end() + 1 + c.n_own : c.end();
     const int32_t t   = pos < static_cast<int32_t>(current->truth.size()) ? current->truth[pos] : 0;
     const bool    bad = pos < static_cast<int32_t>(current->wrong.size()) && current->wrong[pos];
-    return bad ? (t + 1) % n_vocab : t;
+    const int32_t token = bad ? (t + 1) % n_vocab : t;
+    const auto &  ids   = current->vocabulary.stand_ins;
+    return ids.empty() || is_target(c) ? token : ids[token];
 }
 
 float * get_logits_ith(void * ctx, int32_t i) {
@@ -437,7 +451,20 @@ template <typename F> void * address(F * function) {
 
 }  // namespace
 
-host::host(const options & o) : opt(o) {
+draft_vocabulary::draft_vocabulary(int32_t n) {
+    if (n == 0) {
+        return;
+    }
+    for (int32_t t = 0; t < n_vocab; ++t) {
+        stand_ins.push_back(t % n);
+    }
+    for (int32_t i = 0; i < n; ++i) {
+        tokens.push_back((i * 5 + 3) % n_vocab);  // 5 and the prime 97: no token twice
+        stand_ins[tokens.back()] = i;
+    }
+}
+
+host::host(const options & o) : opt(o), vocabulary(o.n_draft_vocab) {
     CHECK(current == nullptr);
     current = this;
 }
@@ -524,6 +551,11 @@ mtp_session_params host::params() {
     p.n_heads     = opt.n_heads;
     p.all_outputs = opt.all_outputs ? 1 : 0;
     p.prefill_window = opt.prefill_window;
+    if (opt.n_draft_vocab > 0) {
+        p.n_draft_vocab = opt.n_draft_vocab;
+        p.draft_tokens  = vocabulary.tokens.data();
+        p.stand_ins     = vocabulary.stand_ins.data();
+    }
     return p;
 }
 

@@ -34,6 +34,15 @@ struct options {
     bool    shares_kv     = false; // the draft context attends to the target's cells
     bool    all_outputs   = false;
     int32_t prefill_window = 0;
+    int32_t n_draft_vocab  = 0;    // not 0: the draft context has so many tokens, with numbers of their own
+};
+
+// A draft vocabulary of n tokens: which of the target's each is, and what stands for each of the target's.
+struct draft_vocabulary {
+    explicit draft_vocabulary(int32_t n);
+    bool has(int32_t token) const { return tokens[stand_ins[token]] == token; }
+
+    std::vector<int32_t> tokens, stand_ins;
 };
 
 // One context. `start` is the position of tokens[0]: a draft context may begin late.
@@ -79,6 +88,7 @@ class host {
     static mtp_host_layout layout();
 
     options              opt;
+    draft_vocabulary     vocabulary;
     context              target, draft;
     mtp_session *        session = nullptr;  // the one that open() made last
     std::vector<int32_t> truth;     // the text by position: what a right draft proposes

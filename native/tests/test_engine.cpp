@@ -95,6 +95,13 @@ std::vector<options> kinds() {
         all.push_back(o);
     }
     all.push_back([] { options o; o.all_outputs = true; return o; }());
+    for (int i = 0; i < 4; ++i) {  // other numbers for the same tokens
+        options o;
+        o.n_draft_vocab = fake::n_vocab;
+        o.confidence    = (i & 1) != 0;
+        o.n_heads       = (i & 2) != 0 ? 4 : 1;
+        all.push_back(o);
+    }
     return all;
 }
 
@@ -134,6 +141,45 @@ void every_depth_and_accept_count_gives_the_plain_text() {
                 mtp_session_close(s, 1);
                 CHECK(h.n_chains_alive == 0);
             }
+        }
+    }
+}
+
+void a_narrow_head_proposes_what_it_knows() {
+    for (int i = 0; i < 4; ++i) {
+        options o;
+        o.n_draft_vocab = 60;
+        o.confidence    = (i & 1) != 0;
+        o.n_heads       = (i & 2) != 0 ? 4 : 1;
+        for (int32_t depth = 1; depth <= o.n_draft_max; ++depth) {
+            host          h(o);
+            mtp_session * s = h.open();
+            generation    g(h, s, prompt_of(7), depth, 200);
+            int32_t       n_right = 0;
+            while (g.text.size() < 150) {
+                CHECK(g.try_next() == MTP_OK);
+                CHECK(g.text.back() == h.truth[g.text.size() - 1]);
+                if (g.step.new_round == 0) {
+                    continue;
+                }
+                // A round begins with the token at `at`, sampled from its first row; drafts stand from there on.
+                const size_t at = g.text.size() - 1;
+                int32_t      n  = 0;
+                while (n < depth && h.vocabulary.has(h.truth[at + n])) {
+                    ++n;
+                }
+                n_right += n;
+            }
+            while (g.step.rows_left > 0) {
+                CHECK(g.try_next() == MTP_OK);
+            }
+            CHECK(h.n_mispaired == 0 && h.n_stale_cells == 0 && h.n_unknown_rows == 0 && h.n_holes == 0);
+            mtp_counters c{};
+            CHECK(mtp_settle(s) == MTP_OK);
+            mtp_session_counters(s, &c);
+            CHECK(c.n_accepted == n_right && n_right > 0);
+            CHECK(c.n_draft_restarts == 0);
+            mtp_session_close(s, 1);
         }
     }
 }
@@ -666,6 +712,20 @@ void bad_arguments_are_refused_and_change_nothing() {
                          +[](mtp_session_params & q) { q.rollback = 7; },
                          +[](mtp_session_params & q) { q.rollback = MTP_ROLLBACK_SNAPSHOTS; q.n_rs_seq = 99; } }) {
         auto q = p;
+        change(q);
+        CHECK(mtp_session_open(&a, &l, &q, &s, text, sizeof text) == MTP_INVALID && s == nullptr && text[0] != 0);
+    }
+    const fake::draft_vocabulary narrow(60);
+    for (auto change : { +[](mtp_session_params & q) { q.n_draft_vocab = 0; },
+                         +[](mtp_session_params & q) { q.n_draft_vocab = fake::n_vocab + 1; },
+                         +[](mtp_session_params & q) { q.n_draft_vocab = 59; },  // stand-ins reach further
+                         +[](mtp_session_params & q) { q.draft_tokens = nullptr; },
+                         +[](mtp_session_params & q) { q.stand_ins = nullptr; },
+                         +[](mtp_session_params & q) { q.draft_tokens = q.stand_ins; } }) {
+        auto q          = p;
+        q.n_draft_vocab = 60;
+        q.draft_tokens  = narrow.tokens.data();
+        q.stand_ins     = narrow.stand_ins.data();
         change(q);
         CHECK(mtp_session_open(&a, &l, &q, &s, text, sizeof text) == MTP_INVALID && s == nullptr && text[0] != 0);
     }
@@ -1235,14 +1295,22 @@ void vocabularies_are_compared_by_content() {
     char                           text[128];
     const auto compare = [&](const std::vector<std::string> & other) {
         text[0] = 0;
-        return mtp_compare_vocabularies(&a, &l, &words, &other, text, sizeof text);
+        return mtp_compare_vocabularies(&a, &l, &words, &other, nullptr, 0, text, sizeof text);
     };
     CHECK(compare({ "one", "two", "three" }) == MTP_OK && text[0] == 0);
     CHECK(compare({ "one", "two" }) == MTP_INVALID && std::strstr(text, "3 tokens, the other 2"));
     CHECK(compare({ "one", "tow", "three" }) == MTP_INVALID && std::strstr(text, "token 1 ('two' and 'tow')"));
     CHECK(compare({ "one", "?", "three" }) == MTP_INVALID);  // the host has no text for it
-    CHECK(mtp_compare_vocabularies(&a, &l, &words, nullptr, text, sizeof text) == MTP_INVALID);
-    CHECK(mtp_compare_vocabularies(&a, &l, &words, nullptr, nullptr, 0) == MTP_INVALID);
+    CHECK(mtp_compare_vocabularies(&a, &l, &words, nullptr, nullptr, 0, text, sizeof text) == MTP_INVALID);
+    CHECK(mtp_compare_vocabularies(&a, &l, &words, nullptr, nullptr, 0, nullptr, 0) == MTP_INVALID);
+    const auto pick = [&](const std::vector<std::string> & other, std::vector<int32_t> tokens) {
+        return mtp_compare_vocabularies(&a, &l, &words, &other, tokens.data(), static_cast<int32_t>(tokens.size()), text,
+                                        sizeof text);
+    };
+    CHECK(pick({ "three", "one" }, { 2, 0 }) == MTP_OK);
+    CHECK(pick({ "three", "one" }, { 2, 1 }) == MTP_INVALID && std::strstr(text, "token 1 ('two' and 'one')"));
+    CHECK(pick({ "three" }, { 2, 0 }) == MTP_INVALID && std::strstr(text, "2 tokens, the other 1"));
+    CHECK(pick({ "three" }, { 3 }) == MTP_INVALID && pick({ "three" }, { -1 }) == MTP_INVALID);
 }
 
 options with_checkpoint() {
@@ -1538,6 +1606,7 @@ int main(int argc, char ** argv) {
     };
 #define RUN(test) run(#test, test)
     RUN(every_depth_and_accept_count_gives_the_plain_text);
+    RUN(a_narrow_head_proposes_what_it_knows);
     RUN(a_round_rolls_back_once);
     RUN(a_recurrent_state_is_never_believed);
     RUN(long_prompts_are_fed_in_batches);

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from ._version import __version__
 from .errors import BusyError, ClosedError, HostVersionError, NativeError, RollbackRefused
 
@@ -55,15 +58,24 @@ def _api(addresses: dict[str, int]) -> Any:
 
 
 def compare_vocabularies(
-    addresses: dict[str, int], layout: dict[str, int], a: int, b: int
+    addresses: dict[str, int],
+    layout: dict[str, int],
+    a: int,
+    b: int,
+    tokens: npt.NDArray[np.int32] | None = None,
 ) -> str | None:
-    """Say where two ``llama_vocab`` (addresses) part; None when they have the same tokens."""
+    """Say where two ``llama_vocab`` (addresses) part; None when they have the same tokens.
+
+    With ``tokens``, token i of ``b`` has to be token ``tokens[i]`` of ``a``.
+    """
     text = ffi.new("char[256]")
     status = lib.mtp_compare_vocabularies(
         _api(addresses),
         ffi.new("struct mtp_host_layout *", layout),
         ffi.cast("void *", a),
         ffi.cast("void *", b),
+        ffi.NULL if tokens is None else ffi.from_buffer("int32_t[]", tokens),
+        0 if tokens is None else len(tokens),
         text,
         len(text),
     )

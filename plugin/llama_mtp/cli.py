@@ -1,4 +1,4 @@
-"""The command line: ``llama-mtp run | demo | bench | graft | split | strip | inspect | ...``.
+"""The command line: ``llama-mtp run | demo | bench | graft | split | narrow | inspect | ...``.
 
 Commands import what they need when they run, so that ``llama-mtp --help`` stays quick.
 """
@@ -350,6 +350,46 @@ def split(
     for path in paths:
         _wrote(path)
     _next("llama-mtp inspect", paths[0], "--draft-model", paths[1])
+
+
+@app.command()
+def narrow(
+    file: Annotated[Path, typer.Argument(help="A GGUF with a NextN head.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The file to write; default: mtp-NAME-narrow.gguf beside it."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=256, help="Tokens to keep; default: an eighth of them, 8192 at least."),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A file or folder like what you will have written: its frequent tokens are kept. "
+            "Repeatable; default: Python's standard library."
+        ),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write a head that has the frequent tokens only, in a file of its own: drafts cost less."""
+    from .gguf_tools import narrow as tool
+
+    console.print("counting tokens ...", highlight=False)
+    with _writing(file.name) as progress:
+        report = tool.narrow(file, out, n_tokens=tokens, texts=text, force=force, progress=progress)
+    console.print(
+        f"{report.n_tokens:,} of {report.n_vocab:,} tokens"
+        + ("" if report.coverage is None else f", {report.coverage:.1%} of such texts")
+        + f"; of the output matrix a draft step reads {report.output / 1e6:.1f} MB instead of "
+        f"{report.output_before / 1e6:.1f} MB",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _wrote(report.path)
+    _next("llama-mtp doctor", file, "--draft-model", report.path)
 
 
 @app.command()

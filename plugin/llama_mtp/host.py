@@ -53,6 +53,7 @@ __all__ = [
     "pointer_to",
     "rows_with_logits",
     "save_memory",
+    "tokenizer",
     "version",
     "vocabulary_of",
 ]
@@ -275,6 +276,16 @@ def draft_model(path: str, params: Any, *, verbose: bool) -> Any:
     mine.kv_overrides = type(mine.kv_overrides)()  # they are about the target's metadata
     mine.tensor_buft_overrides = type(mine.tensor_buft_overrides)()  # and these about its tensors
     return internals.LlamaModel(path_model=path, params=mine, verbose=verbose)
+
+
+def tokenizer(path: str) -> Any:
+    """Load the vocabulary of a file alone: an ``internals.LlamaModel`` without weights.
+
+    Raises ValueError when the host cannot load it.
+    """
+    params = C.llama_model_default_params()
+    params.vocab_only = True
+    return internals.LlamaModel(path_model=path, params=params, verbose=False)
 
 
 def draft_context(

@@ -26,6 +26,7 @@ from .errors import (
     RollbackRefused,
     SpecTypeError,
 )
+from .gguf_tools.vocabulary import Vocabulary, read_vocabulary
 from .session import Session, different_vocabulary, shared_prefix
 from .settings import Plan, make_plan, read_options
 from .stats import SpecStats
@@ -168,15 +169,16 @@ class Llama(host.StockLlama):
                 f"llama-cpp-python {host.version()} builds its parameters in a way that is not "
                 "known here; install a llama-mtp release for it."
             )
-        draft = None
+        draft = vocabulary = None
         draft_sizes = host.BufferSizes()
         if self._plan.spec.needs_head:
             with draft_sizes:
+                draft_model, vocabulary = self._load_draft_model()
                 draft = host.draft_context(
                     self._ctx,
                     self.context_params,
                     n_ubatch=max(host.DRAFT_UBATCH, self._plan.depth + 2),
-                    model=self._load_draft_model(),
+                    model=draft_model,
                     shares_kv=self._plan.head.shares_kv,
                     all_outputs=self._plan.head.untested,
                     type_k=self._options.type_k,
@@ -189,18 +191,23 @@ class Llama(host.StockLlama):
             for (part, device), size in sizes.by_device.items()
         }
         self._session = Session(
-            self._plan, self._ctx, draft, self.n_batch, self.context_params.n_ubatch
+            self._plan, self._ctx, draft, self.n_batch, self.context_params.n_ubatch, vocabulary
         )
         if draft is not None:
             host.plan_anew(self._ctx)  # the session has asked it for hidden rows
         watch(self._ctx, self._session, self.context_params.n_outputs_max)
         logger.info("%s is on, up to %d drafts a round", self._plan.spec.name, self._plan.depth)
 
-    def _load_draft_model(self) -> Any | None:
-        """Load the head's own file, freed with this object; None where the model has the head."""
+    def _load_draft_model(self) -> tuple[Any | None, Vocabulary | None]:
+        """Load the head's own file, freed with this object; None where the model has the head.
+
+        With it comes the head's vocabulary, where that is a part of the model's.
+        """
         path = self._options.draft_model
         if path is None:
-            return None
+            return None, None
+        assert self._plan is not None
+        vocabulary = read_vocabulary(path) if self._plan.head.narrow else None
         model = host.draft_model(path, self.model_params, verbose=self.verbose)
         self._model._exit_stack.callback(model.close)
         widths = [host.C.llama_model_n_embd_out(m.model) for m in (self._model, model)]
@@ -209,12 +216,12 @@ class Llama(host.StockLlama):
                 f"The head in {path} reads hidden rows of {widths[1]} floats, and the model has "
                 f"{widths[0]}. Pass the head that was made for this model."
             )
-        if difference := different_vocabulary(self._model, model):
+        if difference := different_vocabulary(self._model, model, vocabulary):
             raise SpecTypeError(
                 f"The head in {path} has another vocabulary than the model: {difference}. "
                 "Pass the head that was made for this model."
             )
-        return model
+        return model, vocabulary
 
     # ---- parameters: the stock __init__ assigns both before it loads anything
 

@@ -23,6 +23,7 @@ from .architectures import Rollback
 from .checkpoints import TAIL, Checkpoints
 from .depth import DepthPolicy
 from .errors import BusyError, ClosedError
+from .gguf_tools.vocabulary import Vocabulary
 from .hooks import Drafter, DraftRequest, SpecSettings, Verdict
 from .registry import plugin_manager
 from .rule import Rule, constant
@@ -69,7 +70,15 @@ class Session:
     BusyError when another thread is inside.
     """
 
-    def __init__(self, plan: Plan, target: Any, draft: Any | None, n_batch: int, n_ubatch: int):
+    def __init__(
+        self,
+        plan: Plan,
+        target: Any,
+        draft: Any | None,
+        n_batch: int,
+        n_ubatch: int,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
         self._handle: Any = ffi.NULL
         self.entry = Entry()
         self._draft = draft
@@ -105,6 +114,7 @@ class Session:
                 "n_heads": max(1, head.n_heads),
                 "all_outputs": int(head.untested),
                 "prefill_window": min(options.prefill_window, target.n_ctx()),
+                **({} if vocabulary is None else _narrow(vocabulary)),
             },
         )
         self.recurrent = plan.recurrent
@@ -523,12 +533,29 @@ class Session:
         check(lib.mtp_state_set(self._handle, data, len(queue or b"")), self._handle)
 
 
-def different_vocabulary(a: Any, b: Any) -> str | None:
-    """Say where the vocabularies of two ``LlamaModel`` part; None when they are the same."""
-    addresses = host.address_table(api_names())
+def different_vocabulary(a: Any, b: Any, narrow: Vocabulary | None = None) -> str | None:
+    """Say where the vocabularies of two ``LlamaModel`` part; None when they are the same.
+
+    ``narrow`` says which tokens of ``a`` those of ``b`` are to be, where it has only some.
+    """
+    if narrow is not None and len(narrow.stand_ins) != a.n_vocab():
+        return f"one has {a.n_vocab()} tokens, the other is for {len(narrow.stand_ins)}"
     return compare_vocabularies(
-        addresses, host.batch_layout(), host.vocabulary_of(a), host.vocabulary_of(b)
+        host.address_table(api_names()),
+        host.batch_layout(),
+        host.vocabulary_of(a),
+        host.vocabulary_of(b),
+        None if narrow is None else narrow.tokens,
     )
+
+
+def _narrow(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The fields of ``mtp_session_params`` for a head with a part of the vocabulary."""
+    return {
+        "n_draft_vocab": len(vocabulary.tokens),
+        "draft_tokens": ffi.from_buffer("int32_t[]", vocabulary.tokens),
+        "stand_ins": ffi.from_buffer("int32_t[]", vocabulary.stand_ins),
+    }
 
 
 def shared_prefix(a: npt.NDArray[np.intc], b: Sequence[int]) -> int:

@@ -160,7 +160,7 @@ def forecast(target: Source, head: Source, n_ctx: int, depth: int) -> Forecast:
         snapshots=state and (depth * state if rollback == "snapshots" else 0),
         target_compute=None,
         draft_compute=None,
-        output=target.n_vocab * _F32,
+        output=(head.n_vocab or target.n_vocab) * _F32,
         rows=_rows(target, head, n_ctx, depth),
         copies=state and _copies(state, n_copies),
         n_copies=n_copies,

@@ -13,6 +13,9 @@ from ..architectures import ARCHITECTURES, NOT_EXECUTABLE, Architecture, Rollbac
 from .aborts import refuse_what_aborts
 from .header import Header, read_header
 
+NARROW = "llama_mtp.narrow."
+"""Keys of a head with a part of the vocabulary only begin with this."""
+
 _HEAD = ("nextn.eh_proj.weight", "nextn.enorm.weight", "nextn.hnorm.weight")
 _RUN_STOCK = 'Use spec_type="none", or a spec type that needs no head.'
 _GET_HEAD = "Use a GGUF that was converted with its MTP layers, if the model has them."
@@ -39,6 +42,7 @@ class HeadReport:
         chained: every head drafts one position.
         shares_kv: the head reads the KV cache of its target.
         untested: no release of this package has run the architecture's head.
+        narrow: the head has a part of the model's vocabulary only.
     """
 
     architecture: str
@@ -56,6 +60,7 @@ class HeadReport:
     chained: bool
     shares_kv: bool
     untested: bool
+    narrow: bool
 
 
 def check_head(
@@ -108,6 +113,7 @@ def report_on(
         chained=architecture is not None and architecture.chained and n_heads > 1,
         shares_kv=architecture is not None and architecture.shares_kv,
         untested=untested,
+        narrow=any(key.startswith(NARROW) for key in header.metadata),
     )
 
 

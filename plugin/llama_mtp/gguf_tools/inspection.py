@@ -18,16 +18,15 @@ from ..architectures import ARCHITECTURES, Rollback
 from .forecast import Forecast, Source, forecast
 from .header import TensorInfo, read_header, type_name
 from .inspect import report_on
+from .narrow import usual_size
 from .probe import ask_host
 from .reads import Reads, reads
-from .split import stem_of
 
 Verdict = Literal["run", "pair", "graft", "find", "none"]
 """``run``: as it is. ``pair``: beside the file that it belongs to. ``graft``: once joined with what
 it lacks. ``find``: with another file. ``none``: not at all."""
 
 N_CTX, DEPTH = 4096, 3
-_Q4_BITS = 4.5  # of a weight in Q4_0
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Inspection:
         forecast: memory that MTP will add; None where there is nothing to run.
         reads: bytes of weights that a token and a draft step read; None where no head does.
         verdict, next_command: what to do, and what to type for it.
-        cheaper_command: what gives the head a smaller output matrix; empty where that saves little.
+        cheaper_command: what writes a head that reads less; empty where that saves little.
     """
 
     path: str
@@ -237,7 +236,7 @@ def _from_headers(target: Source, head: Source, n_ctx: int, depth: int) -> Inspe
         reads=read,
         verdict=verdict,
         next_command=next_command,
-        cheaper_command="" if read is None or alone else _cheaper(target, read),
+        cheaper_command="" if read is None else _cheaper(head, read),
     )
 
 
@@ -272,16 +271,12 @@ def _advice(target: Source, head: Source) -> tuple[Verdict, str]:
     return "graft", f"llama-mtp graft {file} HEAD.gguf -o JOINED.gguf"
 
 
-def _cheaper(target: Source, read: Reads) -> str:
+def _cheaper(head: Source, read: Reads) -> str:
     """The command that lets a draft step read less, where that saves 3 % of a decode or more."""
-    weights = target.n_vocab * target.report.n_embd
-    saved = read.output - weights * _Q4_BITS / 8
-    if not ARCHITECTURES[target.report.architecture].own_output or saved < 0.03 * read.token:
+    left_out = 1 - usual_size(head.n_vocab) / head.n_vocab if head.n_vocab else 0.0
+    if head.report.narrow or left_out * read.output <= 0.03 * read.token:
         return ""
-    file = target.header.path
-    out = file.with_name(f"{stem_of(file)}-drafts.gguf")
-    files = " ".join(shlex.quote(str(path)) for path in (file, file, "-o", out))
-    return f"llama-mtp graft {files} --replace --output-type Q4_0"
+    return f"llama-mtp narrow {shlex.quote(str(head.header.path))}"
 
 
 _TARGETS = {a.target for a in ARCHITECTURES.values() if a.target}

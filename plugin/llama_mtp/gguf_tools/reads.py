@@ -43,7 +43,7 @@ def reads(target: Source, head: Source) -> Reads | None:
     prefix = f"blk.{head.head_layers.start}."
     block = {t.name.removeprefix(prefix): t for t in head.head if t.name.startswith(prefix)}
     own = block.pop(OWN_OUTPUT, None)
-    output = _size(own or output_matrix(target.header))
+    output = _size(own or output_matrix(head.header) or output_matrix(target.header))
     return Reads(
         token=token_bytes(target),
         step=_read(head, block.values()) + output,
