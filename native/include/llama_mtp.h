@@ -175,7 +175,7 @@ void mtp_session_close(mtp_session * session, int detach);
 const char * mtp_session_error(const mtp_session * session);
 
 /* MTP_OK when two llama_vocab have the same tokens: number, text and attributes of each. Otherwise text says where they
- * part. With tokens, b has n_tokens, and tokens[i] is the one of a that token i of b has to be. */
+ * part. With tokens, b has n_tokens, and token i of b has to have the text of token tokens[i] of a. */
 int mtp_compare_vocabularies(const struct mtp_host_api * api, const struct mtp_host_layout * layout, const void * a,
                              const void * b, const int32_t * tokens, int32_t n_tokens, char * text, size_t n_text);
 

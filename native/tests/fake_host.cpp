@@ -442,7 +442,8 @@ const char * vocab_get_text(const void * vocab, int32_t token) {
 }
 
 int vocab_get_attr(const void * vocab, int32_t token) {
-    return static_cast<int>((*static_cast<const words *>(vocab))[token].size() > 5);
+    const words & all = *static_cast<const words *>(vocab);  // the real host, too, looks at what else is there
+    return (all[token].size() > 5 ? 1 : 0) + (all.size() == 1 ? 2 : 0);
 }
 
 template <typename F> void * address(F * function) {

@@ -1308,6 +1308,7 @@ void vocabularies_are_compared_by_content() {
                                         sizeof text);
     };
     CHECK(pick({ "three", "one" }, { 2, 0 }) == MTP_OK);
+    CHECK(pick({ "three" }, { 2 }) == MTP_OK);  // alone it has other attributes
     CHECK(pick({ "three", "one" }, { 2, 1 }) == MTP_INVALID && std::strstr(text, "token 1 ('two' and 'one')"));
     CHECK(pick({ "three" }, { 2, 0 }) == MTP_INVALID && std::strstr(text, "2 tokens, the other 1"));
     CHECK(pick({ "three" }, { 3 }) == MTP_INVALID && pick({ "three" }, { -1 }) == MTP_INVALID);

@@ -66,7 +66,7 @@ def compare_vocabularies(
 ) -> str | None:
     """Say where two ``llama_vocab`` (addresses) part; None when they have the same tokens.
 
-    With ``tokens``, token i of ``b`` has to be token ``tokens[i]`` of ``a``.
+    With ``tokens``, token i of ``b`` has to have the text of token ``tokens[i]`` of ``a``.
     """
     text = ffi.new("char[256]")
     status = lib.mtp_compare_vocabularies(

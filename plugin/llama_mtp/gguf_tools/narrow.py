@@ -31,6 +31,7 @@ from .write import CHUNK, Chunk, Progress, TensorSource, check_destination, stor
 
 _TOKENIZER = "tokenizer.ggml."
 _BY_TOKEN = ("token_embd.weight", "output.weight", "nextn.embed_tokens.weight", OWN_OUTPUT)
+_LEFT_OUT = ("tokenizer.chat_template", "tokenizer.huggingface", f"{_TOKENIZER}suppress_tokens")
 _MOST_TEXT = 4 << 20  # bytes that are counted ...
 _MOST_FILE = 1 << 19  # ... of one file at most: the rest of a long one is like its beginning
 _SHARE, _FEWEST = 8, 8192  # unless told otherwise: one token of so many, and no fewer than that
@@ -240,7 +241,7 @@ def _metadata(
 ) -> dict[str, bytes]:
     """The model's metadata with lists by token cut, and numbers of tokens changed."""
     n_vocab = len(stand_ins)
-    cut = {k: raw for k, raw in metadata.items() if not k.startswith("tokenizer.chat_template")}
+    cut = {k: raw for k, raw in metadata.items() if not k.startswith(_LEFT_OUT)}
     for key, value in header.metadata.items():
         if not key.startswith(_TOKENIZER) or key not in cut:
             continue
