@@ -255,6 +255,7 @@ def test_executable_head(tmp_path: Path) -> None:
         chained=False,
         shares_kv=False,
         untested=False,
+        narrow=False,
     )
 
 

@@ -23,7 +23,7 @@ from gguf.constants import GGUFValueType, TokenType
 from ..architectures import ARCHITECTURES
 from ..errors import ModelFileError
 from .entries import decode, elements_type, entry
-from .header import ArrayInfo, Header, TensorInfo, read_header
+from .header import Header, TensorInfo, read_header
 from .reads import OWN_OUTPUT
 from .split import block_of, blocks_of, head_counts, in_head, plain_metadata, stem_of
 from .vocabulary import STAND_INS, TOKENS
@@ -240,19 +240,17 @@ def _metadata(
     header: Header, metadata: dict[str, bytes], kept: Sequence[int], stand_ins: Sequence[int]
 ) -> dict[str, bytes]:
     """The model's metadata with lists by token cut, and numbers of tokens changed."""
-    n_vocab = len(stand_ins)
     cut = {k: raw for k, raw in metadata.items() if not k.startswith(_LEFT_OUT)}
-    for key, value in header.metadata.items():
-        if not key.startswith(_TOKENIZER) or key not in cut:
-            continue
-        if isinstance(value, ArrayInfo) and value.count == n_vocab:
+    for key in (f"{_TOKENIZER}{name}" for name in ("tokens", "scores", "token_type")):
+        if key in cut:
             values, kind = decode(key, cut[key]), elements_type(key, cut[key])
             cut[key] = entry(key, [values[token] for token in kept], kind)
-        elif key == f"{_TOKENIZER}merges":
-            cut[key] = entry(key, [], GGUFValueType.STRING)  # the host wants the list, even empty
+    merges = f"{_TOKENIZER}merges"
+    if merges in cut:
+        cut[merges] = entry(merges, [], GGUFValueType.STRING)  # the host wants the list, even empty
     for key in _special(header):
         value = header.metadata[key]
-        if isinstance(value, int) and 0 <= value < n_vocab:
+        if isinstance(value, int) and 0 <= value < len(stand_ins):
             cut[key] = entry(key, stand_ins[value], header.kinds[key])
     size = f"{header.metadata.get('general.architecture')}.vocab_size"
     if size in cut:
@@ -305,5 +303,8 @@ def _rows(whole: TensorSource, n_row: int, kept: Sequence[int]) -> Iterator[Chun
             if not len(inside):
                 continue
             file.seek(whole.offset + start * n_row)
-            data = np.frombuffer(file.read((int(inside[-1]) + 1) * n_row), dtype=np.uint8)
+            n_bytes = (int(inside[-1]) + 1) * n_row
+            data = np.frombuffer(file.read(n_bytes), dtype=np.uint8)
+            if len(data) < n_bytes:
+                raise ModelFileError(f"{whole.path} ended while it was read. Download it again.")
             yield data.reshape(-1, n_row)[inside].tobytes()
