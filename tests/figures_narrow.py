@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import os
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from figures_prefill import forget
+from figures_prefill import answer
 from rich.console import Console
 from rich.table import Table
 
@@ -38,16 +37,12 @@ def measure(llama: Llama, n_tokens: int) -> tuple[float, float, float, list[list
     rounds = accepted = first = tested = 0
     milliseconds, answers = [], []
     for prompt in PROMPTS.values():
-        forget(llama)
         lib.mtp_session_counters(llama._session._handle, before)
-        stream = llama.generate(chat_tokens(llama, prompt), temp=0.0)
-        answers.append(list(islice(stream, n_tokens)))
-        stream.close()
+        text, last = answer(llama, chat_tokens(llama, prompt), n_tokens)
+        answers.append(text)
         lib.mtp_session_counters(llama._session._handle, after)
         decodes = after.n_draft_decodes - before.n_draft_decodes
         milliseconds.append((after.draft_ns - before.draft_ns) / decodes / 1e6)
-        last = llama.spec_stats.last
-        assert last is not None
         rounds += last.num_drafts
         accepted += last.num_accepted_tokens
         first += last.num_accepted_per_pos[0]

@@ -102,6 +102,15 @@ def timed(stock: Any, ours: Any, prompt: list[int], stock_first: bool) -> tuple[
     return read / first, plain[0] / first, plain[1] / second, drafted[1] / second
 
 
+def answer(llama: Any, prompt: list[int], n_tokens: int) -> tuple[list[int], Any]:
+    """The greedy text after a prompt that nothing is known of, and its statistics."""
+    forget(llama)
+    stream = llama.generate(prompt, temp=0.0)
+    text = list(islice(stream, n_tokens))
+    stream.close()
+    return text, llama.spec_stats.last
+
+
 def acceptance(
     llama: Any, prompts: list[list[int]], n_tokens: int
 ) -> tuple[float, float, float, list[list[int]]]:
@@ -110,11 +119,8 @@ def acceptance(
     first, tested = 0, 0
     answers = []
     for prompt in prompts:
-        forget(llama)
-        stream = llama.generate(prompt, temp=0.0)
-        answers.append(list(islice(stream, n_tokens)))
-        stream.close()
-        last = llama.spec_stats.last
+        text, last = answer(llama, prompt, n_tokens)
+        answers.append(text)
         rounds += last.num_drafts
         drafted += last.num_draft_tokens
         accepted += last.num_accepted_tokens

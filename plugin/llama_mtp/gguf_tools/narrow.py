@@ -24,8 +24,8 @@ from ..architectures import ARCHITECTURES
 from ..errors import ModelFileError
 from .entries import decode, elements_type, entry
 from .header import Header, TensorInfo, read_header
-from .reads import OWN_OUTPUT
-from .split import block_of, blocks_of, head_counts, in_head, plain_metadata, stem_of
+from .reads import OWN_OUTPUT, output_matrix
+from .split import block_of, blocks_of, head_metadata, head_tensors, stem_of
 from .vocabulary import STAND_INS, TOKENS
 from .write import CHUNK, Chunk, Progress, TensorSource, check_destination, stored, write_gguf
 
@@ -87,7 +87,8 @@ def narrow(
     """
     header = read_header(file)
     blocks = blocks_of(header)
-    tokens = _tokens_of(header)
+    metadata = head_metadata(header, blocks)
+    tokens = _tokens_of(header, metadata)
     known = ARCHITECTURES.get(blocks.architecture)
     if known is not None and known.shares_kv:
         raise ModelFileError(
@@ -96,6 +97,10 @@ def narrow(
         )
     if not blocks.n_heads:
         raise ModelFileError(f"{header.path} has no NextN head. Name the file that has it.")
+    own = (t for t in header.tensors.values() if block_of(t.name)[1] == OWN_OUTPUT)
+    matrix = next(own, None) or output_matrix(header)
+    if matrix is None:
+        raise ModelFileError(f"{header.path} has no output matrix. Name the file of the model.")
     if n_tokens is None:
         n_tokens = usual_size(len(tokens))
     if not 0 < n_tokens < len(tokens):
@@ -107,31 +112,27 @@ def narrow(
     out = header.path.with_name(f"mtp-{name}-narrow.gguf") if out is None else Path(out)
     check_destination(out, header.parts, force=force)
 
-    metadata = plain_metadata(header)
     counted, held_out = count(header.path, _texts(texts))
     kept = choose(tokens, _always(header, metadata, tokens), counted, n_tokens)
     stand_ins = stand_ins_of(tokens, kept)
-    prefix = f"{blocks.architecture}."
-    own = [t for t in header.tensors.values() if in_head(t.name, blocks) or block_of(t.name)[0] < 0]
-    tensors = [_part(header, t, kept, len(tokens)) for t in own]
+    tensors = [_part(header, t, kept, len(tokens)) for t in head_tensors(header, blocks)]
     write_gguf(
         out,
-        _metadata(header, metadata, kept, stand_ins)
-        | head_counts(prefix, blocks.n_trunk, blocks.n_heads),
+        _metadata(header, metadata, kept, stand_ins),
         tensors,
         checked=[t.name for t in tensors],
         progress=progress,
     )
     has = set(kept)
     total = held_out.total()
-    matrix = _outputs(tensors)[-1]
+    before = stored(header, matrix).n_bytes
     return NarrowReport(
         path=out,
         n_tokens=len(kept),
         n_vocab=len(tokens),
         coverage=sum(n for t, n in held_out.items() if t in has) / total if total else None,
-        output=matrix.n_bytes,
-        output_before=header.tensors[matrix.name].n_bytes or 0,
+        output=before // matrix.shape[1] * len(kept),
+        output_before=before,
     )
 
 
@@ -221,9 +222,9 @@ def _library() -> Iterator[Path]:
 # --- the file -------------------------------------------------------------------------------------
 
 
-def _tokens_of(header: Header) -> list[str]:
+def _tokens_of(header: Header, metadata: Mapping[str, bytes]) -> list[str]:
     key = f"{_TOKENIZER}tokens"
-    raw = plain_metadata(header).get(key)
+    raw = metadata.get(key)
     if raw is None or TOKENS in header.metadata:
         cause = "lists no tokens" if raw is None else "is a narrow head already"
         raise ModelFileError(f"{header.path} {cause}. Name the file of the whole model.")
@@ -258,13 +259,6 @@ def _metadata(
     cut[TOKENS] = entry(TOKENS, list(kept), GGUFValueType.INT32)
     cut[STAND_INS] = entry(STAND_INS, list(stand_ins), GGUFValueType.INT32)
     return cut
-
-
-def _outputs(tensors: Iterable[TensorSource]) -> list[TensorSource]:
-    """The matrices that may be the output, the one that is used last."""
-    order = ("token_embd.weight", "output.weight", OWN_OUTPUT)
-    found = [t for t in tensors if block_of(t.name)[1] in order]
-    return sorted(found, key=lambda t: order.index(block_of(t.name)[1]))
 
 
 def _part(header: Header, tensor: TensorInfo, kept: Sequence[int], n_vocab: int) -> TensorSource:

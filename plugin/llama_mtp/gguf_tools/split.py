@@ -11,7 +11,7 @@ from pathlib import Path
 from ..architectures import ARCHITECTURES
 from ..errors import ModelFileError
 from .entries import decode, elements_type, entry, metadata_of
-from .header import Header, read_header
+from .header import Header, TensorInfo, read_header
 from .write import Progress, TensorSource, check_destination, check_space, stored, write_gguf
 
 PROVENANCE = "llama_mtp.graft."
@@ -136,6 +136,18 @@ def trunk_tensors(header: Header, blocks: Blocks) -> list[TensorSource]:
     return [stored(header, t) for t in header.tensors.values() if not in_head(t.name, blocks)]
 
 
+def head_tensors(header: Header, blocks: Blocks) -> list[TensorInfo]:
+    """Return the tensors of a head's own file: its blocks and what it shares with the trunk."""
+    tensors = header.tensors.values()
+    return [t for t in tensors if in_head(t.name, blocks) or block_of(t.name)[0] < 0]
+
+
+def head_metadata(header: Header, blocks: Blocks) -> dict[str, bytes]:
+    """Return the metadata of a head's own file, key to entry: that of the whole model."""
+    counts = head_counts(f"{blocks.architecture}.", blocks.n_trunk, blocks.n_heads)
+    return plain_metadata(header) | counts
+
+
 def in_head(name: str, blocks: Blocks) -> bool:
     """Whether a tensor belongs to the head."""
     return block_of(name)[0] >= blocks.n_trunk
@@ -171,18 +183,11 @@ def split(
     for out in (trunk, head):
         check_destination(out, header.parts, force=force)
 
-    own = [
-        stored(header, t)
-        for t in header.tensors.values()
-        if in_head(t.name, blocks) or block_of(t.name)[0] < 0
-    ]
+    own = [stored(header, t) for t in head_tensors(header, blocks)]
     rest = trunk_tensors(header, blocks)
     sizes = [sum(t.n_bytes for t in tensors) for tensors in (own, rest)]
     check_space(folder, sum(sizes))  # for both, before the first is written
     checked = [t.name for t in own if in_head(t.name, blocks)]
-    metadata = plain_metadata(header)
-    prefix = f"{blocks.architecture}."
-    metadata |= head_counts(prefix, blocks.n_trunk, blocks.n_heads)
 
     def write_trunk(_: Path) -> None:
         write_gguf(
@@ -195,7 +200,7 @@ def split(
     # The head gets its name once the trunk has been written: a failure leaves what was there.
     write_gguf(
         head,
-        metadata,
+        head_metadata(header, blocks),
         own,
         checked=checked,
         progress=_part_of(progress, 0, sum(sizes)),
