@@ -24,7 +24,7 @@ import models
 import numpy as np
 import numpy.typing as npt
 
-from llama_mtp.bench import PROMPTS
+from llama_mtp.measure.pairs import PROMPTS
 
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.4, 0.2, 0.0)
 PERIOD = 100  # words of a cycle

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_mtp import Llama
-from llama_mtp.gguf_tools.inspect import check_head
-from llama_mtp.identity import check_identity
+from llama_mtp.heads.check import check_head
+from llama_mtp.measure.identity import check_identity
 
 IMPORT = """
 import time, llama_cpp

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_mtp import Llama, host
-from llama_mtp.bench import quiet_host
+from llama_mtp.measure.pairs import quiet_host
 
 SIZES = (512, 256, 128, 64, 32, 16, 8)
 

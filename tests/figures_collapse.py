@@ -21,9 +21,9 @@ from rich.progress import track
 from rich.table import Table
 
 from llama_mtp import Llama
-from llama_mtp.bench import PROMPTS, chat_tokens, open_pair
-from llama_mtp.bound import median_interval
-from llama_mtp.sweep import parse_chances
+from llama_mtp.measure.bench import parse_chances
+from llama_mtp.measure.bound import median_interval
+from llama_mtp.measure.pairs import PROMPTS, chat_tokens, open_pair
 
 PARTS = ("first half", "second half", "whole")
 

@@ -3,7 +3,7 @@
     python tests/figures_families.py [TOKENS]
 
 Each family and number of heads writes eight texts of 400 tokens, greedy and sampled, on its tiny
-random model. Where a text parts from stock, the two-part check of `llama_mtp.identity` judges.
+random model. Where a text parts from stock, the two-part check of `measure.identity` judges.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import test_families as families
 from rich.console import Console
 from rich.table import Table
 
-from llama_mtp.identity import check_identity
+from llama_mtp.measure.identity import check_identity
 
 CACHES = {"F32": 0, "F16": 1}  # ggml types
 

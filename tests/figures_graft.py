@@ -21,10 +21,10 @@ from statistics import median
 
 import models
 
-from llama_mtp.gguf_tools.entries import metadata_of
-from llama_mtp.gguf_tools.header import BLOCKS, read_header
-from llama_mtp.gguf_tools.split import strip
-from llama_mtp.gguf_tools.write import TensorSource, stored, write_gguf
+from llama_mtp.gguf.header import BLOCKS, read_header
+from llama_mtp.gguf.metadata import metadata_of
+from llama_mtp.gguf.write import TensorSource, stored, write_gguf
+from llama_mtp.heads.split import strip
 
 _Q8_0 = 8
 _ROW, _ROWS = 4096, 16384  # a matrix of 71 MB
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    graft = [sys.executable, "-c", "from llama_mtp.cli import main; main()", "graft"]
+    graft = [sys.executable, "-c", "from llama_mtp.commands.cli import main; main()", "graft"]
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         trunk, head = build(folder, options.gigabytes)

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_mtp import Llama
-from llama_mtp._engine import ffi, lib
-from llama_mtp.bench import PROMPTS, chat_tokens, quiet_host
-from llama_mtp.gguf_tools.narrow import narrow
+from llama_mtp.engine.native import ffi, lib
+from llama_mtp.heads.narrow import narrow
+from llama_mtp.measure.pairs import PROMPTS, chat_tokens, quiet_host
 
 DEPTH = 3
 

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_mtp import Llama
-from llama_mtp._engine import ffi, lib
+from llama_mtp.engine.native import ffi, lib
 
 WINDOWS = (16, 64, 128, 256, 512, 0)
 DEPTH = 3

@@ -2,7 +2,7 @@
 
     python tests/figures_samplers.py [tokens a setting and architecture]
 
-Settings without Python callbacks go through ``llama_mtp.identity``, with the host's default cache
+Settings without Python callbacks go through ``measure.identity``, with the host's default cache
 in half precision, as users have it. Callbacks, biases and response formats cannot be replayed by
 that check: their texts are compared directly, with a cache in single precision, and any difference
 counts as illegal.
@@ -25,7 +25,7 @@ from rich.table import Table
 from test_samplers import GRAMMARS, PROCESSORS, SAMPLED, SCHEMA, SETTINGS, grammar, processors
 
 from llama_mtp import Llama
-from llama_mtp.identity import check_identity, clear, fresh_text, text
+from llama_mtp.measure.identity import check_identity, clear, fresh_text, text
 
 N_TOKENS = 360
 DEPTH = 3

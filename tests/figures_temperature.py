@@ -27,9 +27,9 @@ from rich.progress import track
 from rich.table import Table
 
 from llama_mtp import Llama
-from llama_mtp._engine import check, ffi, lib
-from llama_mtp.bench import PROMPTS, chat_tokens, quiet_host
+from llama_mtp.engine.native import check, ffi, lib
 from llama_mtp.host import C, address_of_sampler, logits_row
+from llama_mtp.measure.pairs import PROMPTS, chat_tokens, quiet_host
 
 SAMPLING = {"top_k": 40, "top_p": 0.95, "min_p": 0.05}
 BOUNDS = (0.5, 0.8)  # between low, middling and high confidence

@@ -10,7 +10,7 @@ import llama_cpp
 import pytest
 from conftest import LlamaFactory, ModelFactory
 
-import llama_mtp._engine as engine
+import llama_mtp.engine.native as engine
 from llama_mtp import HostVersionError, Llama, NativeError, _version, host
 
 FOLLOWED = ("n_batch", "n_ubatch", "n_threads", "n_threads_batch", "flash_attn_type")

@@ -17,12 +17,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import llama_mtp
-from llama_mtp import cli
-from llama_mtp.bench import PROMPTS, Pair, Run, chat_tokens
-from llama_mtp.bound import Sample, bound, mean_interval, median_interval
+from llama_mtp.commands import cli
+from llama_mtp.engine.stats import SpecStats
 from llama_mtp.errors import LlamaMtpError, SpecTypeError
-from llama_mtp.stats import SpecStats
-from llama_mtp.sweep import (
+from llama_mtp.measure.bench import (
     DEPTHS,
     Course,
     Prompt,
@@ -33,7 +31,9 @@ from llama_mtp.sweep import (
     parse_depths,
     phases,
 )
-from llama_mtp.sweep_run import MEANINGLESS, open_pair, run_bench, run_fresh
+from llama_mtp.measure.bench_report import MEANINGLESS, open_pair, run_bench, run_fresh
+from llama_mtp.measure.bound import Sample, bound, mean_interval, median_interval
+from llama_mtp.measure.pairs import PROMPTS, Pair, Run, chat_tokens
 
 CLASSES = ("--classes", "qa_factual,translation")
 
@@ -376,7 +376,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(
         assert isinstance(done.exception, (LlamaMtpError, SystemExit))
         return done.output + str(done.exception)
 
-    monkeypatch.setattr("llama_mtp.sweep_run.open_pair", None)
+    monkeypatch.setattr("llama_mtp.measure.bench_report.open_pair", None)
     assert "no folder" in refused("--json", tmp_path / "no" / "x.json")
     assert "code_cpp" in refused("--classes", "poetry")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -419,7 +419,7 @@ def test_new_objects_at_every_turn(
         opened.append(options["spec_draft_n_max"])
         return open_pair(path, **options)
 
-    monkeypatch.setattr("llama_mtp.sweep_run.open_pair", counted)
+    monkeypatch.setattr("llama_mtp.measure.bench_report.open_pair", counted)
     file = tmp_path / "fresh.json"
     options = ("--repeats", 3, *CLASSES, "--fresh", "--spec-draft-n-max", 2, "--json", file)
     text = bench(model("qwen35").path, *options)

@@ -21,11 +21,11 @@ from models import FIRST_WORD, N_VOCAB, Model
 from test_stateful import run_steps
 
 from llama_mtp import host, registry
-from llama_mtp._engine import ffi, lib
-from llama_mtp.depth import DepthPolicy
+from llama_mtp.depth.policy.policy import DepthPolicy
+from llama_mtp.engine.native import ffi, lib
 from llama_mtp.errors import NativeError
 from llama_mtp.hooks import Draft, DraftRequest, SpecType, Verdict, hookimpl
-from llama_mtp.identity import clear, fresh_text, text
+from llama_mtp.measure.identity import clear, fresh_text, text
 
 GREEDY: dict[str, Any] = {"temp": 0.0}
 SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}

@@ -17,10 +17,10 @@ from conftest import ModelFactory
 from typer.testing import CliRunner
 
 import llama_mtp
-from llama_mtp import cli
-from llama_mtp.architectures import ARCHITECTURES, NOT_EXECUTABLE
+from llama_mtp.commands import cli
 from llama_mtp.demo import run as demo_run
 from llama_mtp.errors import LlamaMtpError
+from llama_mtp.heads.architectures import ARCHITECTURES, NOT_EXECUTABLE
 
 ROOT = Path(__file__).parents[1]
 COMMAND = str(Path(sysconfig.get_path("scripts"), "llama-mtp"))

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_mtp import ClosedError, Llama, completion
-from llama_mtp.identity import clear
+from llama_mtp.measure.identity import clear
 
 BYTE = models.N_SPECIAL  # id of the token of byte 0
 WORD = models.FIRST_WORD + 27  # id of a two-letter word, "aa"

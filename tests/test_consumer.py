@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import LlamaFactory, ModelFactory, StockFactory
 
-from llama_mtp.identity import clear, fresh_text, text
+from llama_mtp.measure.identity import clear, fresh_text, text
 
 GREEDY: dict[str, Any] = {"temp": 0.0}
 SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}

@@ -22,8 +22,8 @@ from llama_cpp import llama_cpp_ext as X
 
 from llama_mtp import Llama, host
 from llama_mtp.errors import ModelFileError, SpecTypeError
-from llama_mtp.gguf_tools.inspect import check_head
-from llama_mtp.identity import check_identity, fresh_text, text
+from llama_mtp.heads.check import check_head
+from llama_mtp.measure.identity import check_identity, fresh_text, text
 
 GREEDY: dict[str, Any] = {"temp": 0.0}
 SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}

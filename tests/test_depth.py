@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_mtp._engine import lib
-from llama_mtp.acceptance import CLASSES, Acceptance
-from llama_mtp.costs import Costs
-from llama_mtp.depth import DepthPolicy
-from llama_mtp.rule import constant
+from llama_mtp.depth.policy.acceptance import CLASSES, Acceptance
+from llama_mtp.depth.policy.costs import Costs
+from llama_mtp.depth.policy.policy import DepthPolicy
+from llama_mtp.depth.policy.rule import constant
+from llama_mtp.engine.native import lib
 
 # Median ms of a target decode of 1, 2, 3, ... rows, and a draft step's part of a one-row decode.
 CURVES: dict[str, tuple[list[float], float]] = {

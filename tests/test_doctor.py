@@ -11,11 +11,13 @@ import pytest
 from conftest import ModelFactory
 from typer.testing import CliRunner
 
-from llama_mtp import child, cli, host, trial
+from llama_mtp import host
 from llama_mtp._version import __version__
-from llama_mtp.doctor import examine, findings
-from llama_mtp.gguf_tools import split as splitting
-from llama_mtp.trial import Judgement, Trial, judge
+from llama_mtp.commands import cli
+from llama_mtp.heads import split as splitting
+from llama_mtp.measure import child, trial
+from llama_mtp.measure.doctor import examine, findings
+from llama_mtp.measure.trial import Judgement, Trial, judge
 
 OPTIONS: dict[str, Any] = {
     "n_ctx": 512,

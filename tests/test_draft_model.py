@@ -11,9 +11,10 @@ import models
 import pytest
 from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 
-from llama_mtp import Llama, architectures
+from llama_mtp import Llama
 from llama_mtp.errors import ModelFileError, SpecTypeError
-from llama_mtp.gguf_tools import inspect
+from llama_mtp.heads import architectures
+from llama_mtp.heads import check as inspect
 
 CASES = [("qwen35", 1), ("hy_v3", 1), ("hy_v3", 3), ("mimo2", 1), ("mimo2", 3)]
 

@@ -25,11 +25,11 @@ from families.common import Files, Tensors
 from reference import Reference
 
 from llama_mtp import Llama, host
-from llama_mtp.architectures import ARCHITECTURES
-from llama_mtp.gguf_tools.header import read_header
-from llama_mtp.gguf_tools.inspect import check_head
+from llama_mtp.gguf.header import read_header
+from llama_mtp.heads.architectures import ARCHITECTURES
+from llama_mtp.heads.check import check_head
 from llama_mtp.host import C
-from llama_mtp.identity import check_identity, clear, fresh_text, text
+from llama_mtp.measure.identity import check_identity, clear, fresh_text, text
 from llama_mtp.settings import PREFILL_WINDOW
 
 DEPTH = 3

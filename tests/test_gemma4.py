@@ -23,7 +23,7 @@ from reference import Reference
 
 from llama_mtp import Llama, host
 from llama_mtp.errors import ModelFileError, SpecTypeError
-from llama_mtp.identity import check_identity, fresh_text, text
+from llama_mtp.measure.identity import check_identity, fresh_text, text
 
 GREEDY: dict[str, Any] = {"temp": 0.0}
 SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}

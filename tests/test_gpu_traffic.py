@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).with_name("gpu")))
 import traffic
 
 from llama_mtp import Llama, host
-from llama_mtp.bench import generate
+from llama_mtp.measure.pairs import generate
 
 
 @pytest.mark.parametrize("arch", ["mimo2", "qwen35"])

@@ -20,15 +20,15 @@ from conftest import LlamaFactory, ModelFactory, StockFactory
 from families import FAMILIES
 
 from llama_mtp.errors import FileWriteError, LlamaMtpError, ModelFileError
-from llama_mtp.gguf_tools import graft as tool
-from llama_mtp.gguf_tools import write
-from llama_mtp.gguf_tools.entries import decode, entry, metadata_of
-from llama_mtp.gguf_tools.graft import graft
-from llama_mtp.gguf_tools.header import read_header
-from llama_mtp.gguf_tools.inspect import check_head
-from llama_mtp.gguf_tools.split import PROVENANCE, split, strip
-from llama_mtp.gguf_tools.write import stored, write_gguf
-from llama_mtp.identity import fresh_text, text
+from llama_mtp.gguf import write
+from llama_mtp.gguf.header import read_header
+from llama_mtp.gguf.metadata import decode, entry, metadata_of
+from llama_mtp.gguf.write import stored, write_gguf
+from llama_mtp.heads import graft as tool
+from llama_mtp.heads.check import check_head
+from llama_mtp.heads.graft import graft
+from llama_mtp.heads.split import PROVENANCE, split, strip
+from llama_mtp.measure.identity import fresh_text, text
 
 HEADS = [("qwen35", 1), ("hy_v3", 1), ("mimo2", 1), ("hy_v3", 2), ("mimo2", 3)]
 HEAD_FORMS = ("full", "mtp-only", "tensors-only")
@@ -531,7 +531,7 @@ def test_a_killed_command_leaves_nothing(
     before = sorted(tmp_path.iterdir())
     # The command itself, made slow enough to be hit while it writes.
     slow = (
-        "import time; from llama_mtp import cli; from llama_mtp.gguf_tools import write\n"
+        "import time; from llama_mtp.commands import cli; from llama_mtp.gguf import write\n"
         "add = write._Meter.add\n"
         "write._Meter.add = lambda meter, n: (time.sleep(0.05), add(meter, n))\n"
         "cli.main()"
@@ -698,7 +698,7 @@ def test_the_command_says_what_it_did(pair: tuple[models.Model, Path], tmp_path:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", "from llama_mtp import cli; cli.main()", *arguments],
+            [sys.executable, "-c", "from llama_mtp.commands import cli; cli.main()", *arguments],
             capture_output=True,
             text=True,
             env={**os.environ, "COLUMNS": "200"},

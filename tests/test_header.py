@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_mtp.architectures import ARCHITECTURES, NOT_EXECUTABLE, rollback_of
 from llama_mtp.errors import ModelFileError
-from llama_mtp.gguf_tools.header import BLOCKS, ArrayInfo, read_header
-from llama_mtp.gguf_tools.inspect import HeadReport, check_head
+from llama_mtp.gguf.header import BLOCKS, ArrayInfo, read_header
+from llama_mtp.heads.architectures import ARCHITECTURES, NOT_EXECUTABLE, rollback_of
+from llama_mtp.heads.check import HeadReport, check_head
 
 HEAD = ("nextn.eh_proj.weight", "nextn.enorm.weight", "nextn.hnorm.weight")
 BLOCK = ("attn_norm.weight", "attn_q.weight", "ffn_norm.weight", "ffn_down.weight")

@@ -28,7 +28,7 @@ from llama_mtp.hooks import (
     hookimpl,
     specs,
 )
-from llama_mtp.identity import text
+from llama_mtp.measure.identity import text
 
 SPECS = [
     name
@@ -337,7 +337,7 @@ def test_check_pending_sees_plugins_registered_by_hand(
 def test_nothing_is_loaded_on_import() -> None:
     code = (
         "import sys, llama_mtp.registry as r; assert r._manager is None; "
-        "assert 'llama_mtp.spec_types.mtp' not in sys.modules; "
+        "assert 'llama_mtp.drafts.mtp' not in sys.modules; "
         "assert 'llama_mtp._native' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

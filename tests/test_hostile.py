@@ -25,8 +25,8 @@ from hostile.raw import Gguf, Key, Pieces, Tensor
 
 import llama_mtp
 from llama_mtp.errors import ModelFileError
-from llama_mtp.gguf_tools.header import ArrayInfo, read_header
-from llama_mtp.gguf_tools.inspect import check_head
+from llama_mtp.gguf.header import ArrayInfo, read_header
+from llama_mtp.heads.check import check_head
 
 GIGABYTE = 2**30
 

@@ -19,12 +19,12 @@ import pytest
 from conftest import COMMON, ModelFactory
 
 from llama_mtp import Llama
-from llama_mtp.bench import PROMPTS, chat_tokens, generate
-from llama_mtp.gguf_tools.entries import metadata_of
-from llama_mtp.gguf_tools.graft import graft
-from llama_mtp.gguf_tools.header import read_header
-from llama_mtp.gguf_tools.quantize import requantize, type_number
-from llama_mtp.gguf_tools.write import stored, write_gguf
+from llama_mtp.gguf.header import read_header
+from llama_mtp.gguf.metadata import metadata_of
+from llama_mtp.gguf.quantize import requantize, type_number
+from llama_mtp.gguf.write import stored, write_gguf
+from llama_mtp.heads.graft import graft
+from llama_mtp.measure.pairs import PROMPTS, chat_tokens, generate
 
 FOLDER = Path(__file__).parents[1] / "examples" / "inflate"
 SIZE = 0.03  # GB: about thirty times the constructed models

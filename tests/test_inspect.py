@@ -22,13 +22,15 @@ from families.common import Files
 from test_header import TRUNK, write_gguf
 from typer.testing import CliRunner
 
-from llama_mtp import Llama, child, cli, host
-from llama_mtp.architectures import ARCHITECTURES, NOT_EXECUTABLE
+from llama_mtp import Llama, host
+from llama_mtp.commands import cli
 from llama_mtp.errors import ModelFileError
-from llama_mtp.gguf_tools import split as splitting
-from llama_mtp.gguf_tools.header import TensorInfo
-from llama_mtp.gguf_tools.inspection import Inspection, Quantisation, _quantisation, inspect_file
-from llama_mtp.gguf_tools.probe import ask_host
+from llama_mtp.gguf.header import TensorInfo
+from llama_mtp.heads import split as splitting
+from llama_mtp.heads.architectures import ARCHITECTURES, NOT_EXECUTABLE
+from llama_mtp.measure import child
+from llama_mtp.measure.inspect import Inspection, Quantisation, _quantisation, inspect_file
+from llama_mtp.measure.probe_host import ask_host
 
 LOAD: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1, "verbose": False, "use_mmap": False}
 ROUNDING = 2**16  # the host prints hundredths of a MiB, and there are several buffers
@@ -163,7 +165,7 @@ def test_more_depth_costs_snapshots_and_more_context_costs_cache(model: ModelFac
 
 CHILD = """
 import resource, sys
-from llama_mtp.gguf_tools import probe
+from llama_mtp.measure import probe_host as probe
 probe._answer(sys.argv[1], 512, 3, {"use_mmap": False})
 with open("/proc/self/io") as io:
     print(next(int(line.split()[1]) for line in io if line.startswith("rchar")))

@@ -18,7 +18,7 @@ SCRIPT = """
 import ctypes, gc, sys
 from itertools import islice
 from llama_mtp import Llama
-from llama_mtp._engine import ffi
+from llama_mtp.engine.native import ffi
 
 path, planted = sys.argv[1], sys.argv[2] == "planted"
 

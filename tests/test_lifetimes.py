@@ -19,8 +19,8 @@ from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 
 from llama_mtp import BusyError, ClosedError, Llama
 from llama_mtp import llama as llama_module
-from llama_mtp import session as session_module
-from llama_mtp.identity import fresh_text, text
+from llama_mtp.engine import session as session_module
+from llama_mtp.measure.identity import fresh_text, text
 
 SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 

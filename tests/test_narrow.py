@@ -23,14 +23,15 @@ from test_graft import contents
 from test_own_output import PROMPT, drafted, text
 from typer.testing import CliRunner
 
-from llama_mtp import Llama, cli
+from llama_mtp import Llama
+from llama_mtp.commands import cli
 from llama_mtp.errors import FileWriteError, ModelFileError, NativeError, SpecTypeError
-from llama_mtp.gguf_tools import narrow as tool
-from llama_mtp.gguf_tools.graft import graft
-from llama_mtp.gguf_tools.inspection import inspect_file
-from llama_mtp.gguf_tools.narrow import choose, count, narrow, stand_ins_of
-from llama_mtp.gguf_tools.split import split
-from llama_mtp.gguf_tools.vocabulary import STAND_INS, TOKENS, read_vocabulary
+from llama_mtp.heads import narrow as tool
+from llama_mtp.heads.graft import graft
+from llama_mtp.heads.narrow import choose, count, narrow, stand_ins_of
+from llama_mtp.heads.narrow_vocabulary import STAND_INS, TOKENS, read_vocabulary
+from llama_mtp.heads.split import split
+from llama_mtp.measure.inspect import inspect_file
 
 N_KEPT = 400  # of 510: 259 are bytes and control tokens
 ARCHITECTURES = sorted(set(FAMILIES) - {"gemma4-assistant"})

@@ -16,7 +16,7 @@ from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 
 from llama_mtp import Llama, SpecTypeError
 from llama_mtp.host import DRAFT_UBATCH
-from llama_mtp.identity import check_identity, clear, fresh_text, text
+from llama_mtp.measure.identity import check_identity, clear, fresh_text, text
 
 GREEDY: dict[str, Any] = {"temp": 0.0}
 SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}

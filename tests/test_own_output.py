@@ -17,12 +17,13 @@ from families import FAMILIES
 from test_families import OPTIONS, Watch
 from typer.testing import CliRunner
 
-from llama_mtp import Llama, cli, host
-from llama_mtp.architectures import ARCHITECTURES
+from llama_mtp import Llama, host
+from llama_mtp.commands import cli
 from llama_mtp.errors import ModelFileError
-from llama_mtp.gguf_tools.graft import graft
-from llama_mtp.gguf_tools.inspection import Inspection, inspect_file
-from llama_mtp.gguf_tools.reads import OWN_OUTPUT
+from llama_mtp.heads.architectures import ARCHITECTURES
+from llama_mtp.heads.graft import graft
+from llama_mtp.measure.draft_cost import OWN_OUTPUT
+from llama_mtp.measure.inspect import Inspection, inspect_file
 
 WITH = sorted(name for name, known in ARCHITECTURES.items() if known.own_output)
 WITHOUT = sorted(set(ARCHITECTURES) - set(WITH) - {"gemma4-assistant"})  # a file of its own

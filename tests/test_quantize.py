@@ -19,14 +19,14 @@ from gguf.quants import dequantize, quantize
 
 from llama_mtp import Llama
 from llama_mtp.errors import ModelFileError
-from llama_mtp.gguf_tools import quantize as tool
-from llama_mtp.gguf_tools.entries import metadata_of
-from llama_mtp.gguf_tools.graft import graft
-from llama_mtp.gguf_tools.header import BLOCKS, read_header
-from llama_mtp.gguf_tools.quantize import TYPES, requantize, rows_of
-from llama_mtp.gguf_tools.split import strip
-from llama_mtp.gguf_tools.write import TensorSource, stored, write_gguf
-from llama_mtp.identity import fresh_text, text
+from llama_mtp.gguf import quantize as tool
+from llama_mtp.gguf.header import BLOCKS, read_header
+from llama_mtp.gguf.metadata import metadata_of
+from llama_mtp.gguf.quantize import TYPES, requantize, rows_of
+from llama_mtp.gguf.write import TensorSource, stored, write_gguf
+from llama_mtp.heads.graft import graft
+from llama_mtp.heads.split import strip
+from llama_mtp.measure.identity import fresh_text, text
 
 Floats = npt.NDArray[np.float32]
 K_QUANTS = ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")

@@ -20,9 +20,9 @@ from hostile import raw
 from models import expected_acceptance
 
 import llama_mtp
-from llama_mtp.architectures import ARCHITECTURES, NOT_EXECUTABLE
 from llama_mtp.errors import SpecTypeError
-from llama_mtp.gguf_tools.inspect import check_head
+from llama_mtp.heads.architectures import ARCHITECTURES, NOT_EXECUTABLE
+from llama_mtp.heads.check import check_head
 from llama_mtp.settings import read_options
 
 PROMPT = [300, 301, 302]

@@ -14,7 +14,7 @@ import pytest
 from conftest import LlamaFactory, ModelFactory, StockFactory
 
 from llama_mtp import host
-from llama_mtp.identity import fresh_text, text
+from llama_mtp.measure.identity import fresh_text, text
 
 GREEDY: dict[str, Any] = {"temp": 0.0}
 SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}

@@ -23,12 +23,12 @@ from families import FAMILIES
 from families.common import Files
 
 from llama_mtp.errors import ModelFileError
-from llama_mtp.gguf_tools.checkpoint import read_head
-from llama_mtp.gguf_tools.entries import entry, metadata_of
-from llama_mtp.gguf_tools.graft import graft
-from llama_mtp.gguf_tools.header import read_header
-from llama_mtp.gguf_tools.split import strip
-from llama_mtp.gguf_tools.write import HeadSource, stored, write_gguf
+from llama_mtp.gguf.header import read_header
+from llama_mtp.gguf.metadata import entry, metadata_of
+from llama_mtp.gguf.write import HeadSource, stored, write_gguf
+from llama_mtp.heads.graft import graft
+from llama_mtp.heads.hf.reader import read_head
+from llama_mtp.heads.split import strip
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, Array]
@@ -395,7 +395,7 @@ def test_size_of_the_pieces_does_not_matter(
     oracle: Callable[..., Oracle], tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = oracle(arch)
-    monkeypatch.setattr("llama_mtp.gguf_tools.weights.CHUNK", 600)
+    monkeypatch.setattr("llama_mtp.heads.hf.weights.CHUNK", 600)
     head = read_head(write_oracle(model, tmp_path), read_header(model.base))
     data = {name: data for name, (_, _, data) in values_of(head).items()}
     assert data == {name: values.tobytes() for name, values in model.head.items()}

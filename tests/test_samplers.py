@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 from conftest import LlamaFactory, ModelFactory, StockFactory
 
-from llama_mtp.identity import check_identity, clear, fresh_text, text
+from llama_mtp.measure.identity import check_identity, clear, fresh_text, text
 
 Ids = npt.NDArray[np.intc]
 Row = npt.NDArray[np.float32]

@@ -17,17 +17,18 @@ from hypothesis import strategies as st
 from test_graft import contents, metadata, rewrite
 from typer.testing import CliRunner
 
-from llama_mtp import Llama, cli
+from llama_mtp import Llama
+from llama_mtp.commands import cli
 from llama_mtp.errors import FileWriteError, ModelFileError
-from llama_mtp.gguf_tools import split as tool
-from llama_mtp.gguf_tools import write
-from llama_mtp.gguf_tools.entries import decode, entry, metadata_of
-from llama_mtp.gguf_tools.graft import graft
-from llama_mtp.gguf_tools.header import BLOCKS, read_header
-from llama_mtp.gguf_tools.inspect import check_head
-from llama_mtp.gguf_tools.split import PER_LAYER, blocks_of, split, strip
-from llama_mtp.gguf_tools.write import TensorSource, write_gguf
-from llama_mtp.identity import fresh_text, text
+from llama_mtp.gguf import write
+from llama_mtp.gguf.header import BLOCKS, read_header
+from llama_mtp.gguf.metadata import decode, entry, metadata_of
+from llama_mtp.gguf.write import TensorSource, write_gguf
+from llama_mtp.heads import split as tool
+from llama_mtp.heads.check import check_head
+from llama_mtp.heads.graft import graft
+from llama_mtp.heads.split import PER_LAYER, blocks_of, split, strip
+from llama_mtp.measure.identity import fresh_text, text
 
 GREEDY: dict[str, Any] = {"temp": 0.0}
 HEADS = [("qwen35", 1), ("hy_v3", 1), ("mimo2", 1), ("hy_v3", 2), ("mimo2", 3)]

@@ -18,9 +18,9 @@ from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 from test_acceptance import assert_acceptance
 
 from llama_mtp import StateError
-from llama_mtp._engine import ffi, lib
+from llama_mtp.engine.native import ffi, lib
 from llama_mtp.host import address_of_sampler
-from llama_mtp.identity import fresh_text, text
+from llama_mtp.measure.identity import fresh_text, text
 
 GREEDY: dict[str, Any] = {"temp": 0.0}
 SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}

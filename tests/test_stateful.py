@@ -35,7 +35,7 @@ from hypothesis.stateful import (
 )
 
 from llama_mtp import Llama
-from llama_mtp.identity import clear, fresh_text
+from llama_mtp.measure.identity import clear, fresh_text
 
 N_CTX = 256
 N_BATCH = 32

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_mtp.stats import SpecStats
+from llama_mtp.engine.stats import SpecStats
 
 
 @st.composite

@@ -13,13 +13,13 @@ from pathlib import Path
 from make_checkpoint import make_checkpoint
 
 from llama_mtp import Llama
-from llama_mtp.cli import errors_in_one_line
+from llama_mtp.commands.cli import errors_in_one_line
 from llama_mtp.demo.run import demo_model
-from llama_mtp.gguf_tools.checkpoint import read_head
-from llama_mtp.gguf_tools.graft import graft
-from llama_mtp.gguf_tools.header import read_header
-from llama_mtp.gguf_tools.inspect import check_head
-from llama_mtp.gguf_tools.split import strip
+from llama_mtp.gguf.header import read_header
+from llama_mtp.heads.check import check_head
+from llama_mtp.heads.graft import graft
+from llama_mtp.heads.hf.reader import read_head
+from llama_mtp.heads.split import strip
 
 with errors_in_one_line(), tempfile.TemporaryDirectory() as temporary:
     folder = Path(temporary)

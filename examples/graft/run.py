@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 
 from llama_mtp import Llama
-from llama_mtp.cli import errors_in_one_line
+from llama_mtp.commands.cli import errors_in_one_line
 from llama_mtp.demo.run import demo_model
-from llama_mtp.gguf_tools.graft import graft
-from llama_mtp.gguf_tools.inspect import check_head
-from llama_mtp.gguf_tools.split import split, strip
+from llama_mtp.heads.check import check_head
+from llama_mtp.heads.graft import graft
+from llama_mtp.heads.split import split, strip
 
 
 def example_files(folder: Path) -> tuple[Path, Path]:

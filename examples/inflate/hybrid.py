@@ -16,13 +16,13 @@ from typing import Annotated
 
 import typer
 
-from llama_mtp.bench import PROMPTS
-from llama_mtp.cli import errors_in_one_line
+from llama_mtp.commands.cli import errors_in_one_line
 from llama_mtp.errors import LlamaMtpError
-from llama_mtp.gguf_tools.entries import metadata_of
-from llama_mtp.gguf_tools.header import read_header
-from llama_mtp.gguf_tools.quantize import requantize, type_number
-from llama_mtp.gguf_tools.write import check_destination, stored, write_gguf
+from llama_mtp.gguf.header import read_header
+from llama_mtp.gguf.metadata import metadata_of
+from llama_mtp.gguf.quantize import requantize, type_number
+from llama_mtp.gguf.write import check_destination, stored, write_gguf
+from llama_mtp.measure.pairs import PROMPTS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import cycles

@@ -24,11 +24,11 @@ import numpy as np
 import typer
 from rich.progress import Progress
 
-from llama_mtp.cli import errors_in_one_line
+from llama_mtp.commands.cli import errors_in_one_line
 from llama_mtp.errors import ModelFileError
-from llama_mtp.gguf_tools.entries import decode, elements_type, entry, metadata_of
-from llama_mtp.gguf_tools.header import BLOCKS, Header, read_header
-from llama_mtp.gguf_tools.write import TensorSource, check_destination, stored, write_gguf
+from llama_mtp.gguf.header import BLOCKS, Header, read_header
+from llama_mtp.gguf.metadata import decode, elements_type, entry, metadata_of
+from llama_mtp.gguf.write import TensorSource, check_destination, stored, write_gguf
 
 CACHE_LINE = 64  # bytes
 MULTIPLE = 256  # values: a row of down is whole blocks in every ggml type

@@ -21,12 +21,12 @@ import numpy.typing as npt
 import typer
 
 from llama_mtp import Llama
-from llama_mtp.bench import quiet_host
-from llama_mtp.cli import errors_in_one_line
-from llama_mtp.gguf_tools.forecast import Source
-from llama_mtp.gguf_tools.header import read_header
-from llama_mtp.gguf_tools.inspect import report_on
-from llama_mtp.gguf_tools.reads import token_bytes
+from llama_mtp.commands.cli import errors_in_one_line
+from llama_mtp.gguf.header import read_header
+from llama_mtp.heads.check import report_on
+from llama_mtp.measure.draft_cost import token_bytes
+from llama_mtp.measure.forecast import Source
+from llama_mtp.measure.pairs import quiet_host
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -21,13 +21,13 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .engine.stats import SpecStats
     from .install import install, uninstall
     from .llama import Llama
-    from .stats import SpecStats
 
 _LAZY = {
     "Llama": ".llama",
-    "SpecStats": ".stats",
+    "SpecStats": ".engine.stats",
     "install": ".install",
     "uninstall": ".install",
 }

@@ -39,8 +39,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import host
+from .engine.session import shared_prefix
 from .errors import ClosedError, StateError
-from .session import shared_prefix
 
 if TYPE_CHECKING:
     from .llama import Llama

@@ -15,9 +15,12 @@ from typing import Any
 
 from . import host
 from . import state as saved
-from ._engine import ffi
-from .checkpoints import TAIL
 from .completion import complete
+from .engine.checkpoints import TAIL
+from .engine.native import ffi
+from .engine.session import Session, different_vocabulary, shared_prefix
+from .engine.stats import SpecStats
+from .engine.watch import unwatch, watch
 from .errors import (
     BusyError,
     ClosedError,
@@ -26,11 +29,8 @@ from .errors import (
     RollbackRefused,
     SpecTypeError,
 )
-from .gguf_tools.vocabulary import Vocabulary, read_vocabulary
-from .session import Session, different_vocabulary, shared_prefix
+from .heads.narrow_vocabulary import Vocabulary, read_vocabulary
 from .settings import Plan, make_plan, read_options
-from .stats import SpecStats
-from .watch import unwatch, watch
 
 logger = logging.getLogger("llama_mtp")
 

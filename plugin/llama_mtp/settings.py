@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .errors import SpecTypeError
-from .gguf_tools.inspect import HeadReport, check_head
-from .gguf_tools.shared_cells import foreign_cells
+from .heads.check import HeadReport, check_head
+from .heads.check_shared_kv import foreign_cells
 from .hooks import SpecType
 from .registry import resolve
 

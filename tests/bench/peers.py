@@ -29,7 +29,7 @@ from compare import Results, as_json, class_table, summary_table
 from rich.console import Console
 from sides import SIDES, Peer, PeerError, Places, Setting
 
-from llama_mtp.bench import PROMPTS, chat_tokens, quiet_host
+from llama_mtp.measure.pairs import PROMPTS, chat_tokens, quiet_host
 
 WARM_UP_TOKENS = 64
 

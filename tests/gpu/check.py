@@ -20,12 +20,12 @@ from llama_cpp import llama_supports_gpu_offload
 from rich.console import Console
 
 from llama_mtp import Llama
-from llama_mtp.bench import PROMPTS, chat_tokens
-from llama_mtp.doctor import findings
-from llama_mtp.gguf_tools.inspect import check_head
-from llama_mtp.identity import IdentityReport, check_identity
-from llama_mtp.sweep import DEPTHS
-from llama_mtp.sweep_run import run_bench
+from llama_mtp.heads.check import check_head
+from llama_mtp.measure.bench import DEPTHS
+from llama_mtp.measure.bench_report import run_bench
+from llama_mtp.measure.doctor import findings
+from llama_mtp.measure.identity import IdentityReport, check_identity
+from llama_mtp.measure.pairs import PROMPTS, chat_tokens
 
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temp": 0.0},

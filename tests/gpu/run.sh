@@ -124,7 +124,7 @@ if ((${#mode[@]})); then
   count=(--threads 1 --tokens 24)
 fi
 if part bench; then
-  "$python" -c 'from llama_mtp.cli import app; app()' bench "$big" --n-gpu-layers "$layers" "${sweep[@]}" || status=$?
+  "$python" -c 'from llama_mtp.commands.cli import app; app()' bench "$big" --n-gpu-layers "$layers" "${sweep[@]}" || status=$?
 fi
 if part peers; then
   "$python" "$repo/tests/bench/peers.py" "$big" --gpu-layers "$layers" "${long[@]}" \

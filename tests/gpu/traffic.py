@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_mtp import Llama, host
-from llama_mtp.bench import PROMPTS, chat_tokens, generate, quiet_host
-from llama_mtp.stats import SpecStats
+from llama_mtp.engine.stats import SpecStats
+from llama_mtp.measure.pairs import PROMPTS, chat_tokens, generate, quiet_host
 
 _P, _I, _N = ctypes.c_void_p, ctypes.c_int32, ctypes.c_size_t
 _F = ctypes.CFUNCTYPE

@@ -21,19 +21,19 @@ Reader = Callable[[Path], object]
 
 
 def header(path: Path) -> object:
-    from llama_mtp.gguf_tools.header import read_header
+    from llama_mtp.gguf.header import read_header
 
     return read_header(path)
 
 
 def inspect(path: Path) -> object:
-    from llama_mtp.gguf_tools.inspect import check_head
+    from llama_mtp.heads.check import check_head
 
     return check_head(path)
 
 
 def report(path: Path) -> object:
-    from llama_mtp.gguf_tools.inspection import inspect_file
+    from llama_mtp.measure.inspect import inspect_file
 
     return inspect_file(path, probe=False).to_dict()
 
@@ -41,7 +41,7 @@ def report(path: Path) -> object:
 def graft(path: Path) -> object:
     """Join, and take apart, the files ``base.gguf`` and ``head.gguf`` of a folder."""
     from llama_mtp.errors import LlamaMtpError
-    from llama_mtp.gguf_tools import graft, split
+    from llama_mtp.heads import graft, split
 
     base, head, out = (path / f"{name}.gguf" for name in ("base", "head", "out"))
     with contextlib.suppress(LlamaMtpError):
@@ -53,7 +53,7 @@ def graft(path: Path) -> object:
 
 def safetensors(path: Path) -> object:
     """Read every tensor that a folder's index or its only shard names."""
-    from llama_mtp.gguf_tools.safetensors import DTYPES, Checkpoint
+    from llama_mtp.heads.hf.safetensors import DTYPES, Checkpoint
 
     checkpoint = Checkpoint(path)
     tensors = [checkpoint.tensor(name) for name in ("a", "b", "c") if name in checkpoint]

@@ -14,7 +14,8 @@ import platformdirs
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from ..bench import (
+from ..errors import LlamaMtpError
+from ..measure.pairs import (
     chat_tokens,
     compare,
     generate,
@@ -23,7 +24,6 @@ from ..bench import (
     show_partings,
     show_summary,
 )
-from ..errors import LlamaMtpError
 from .join import TYPES, join_smollm2
 
 HEAD = Path(__file__).with_name("smollm2_135m_nextn.gguf")

@@ -1,0 +1,1 @@
+"""How many tokens a round drafts: measured costs, counted acceptance, and the rule made of both."""

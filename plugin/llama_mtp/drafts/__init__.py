@@ -1,0 +1,1 @@
+"""The spec types that are built in, one file each."""

@@ -1,0 +1,98 @@
+"""The native module, opened and checked. The only module that imports it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .._version import __version__
+from ..errors import BusyError, ClosedError, HostVersionError, NativeError, RollbackRefused
+
+try:
+    from .._native import ffi, lib
+except ImportError as e:  # a source tree on sys.path, or a wheel for another platform
+    raise NativeError(
+        f"The native engine is not built ({e}); install the package with `pip install .`."
+    ) from e
+
+if (built := ffi.string(lib.mtp_version()).decode()) != __version__:
+    raise NativeError(
+        f"The native engine is of version {built}, the package {__version__}; reinstall llama-mtp."
+    )
+
+__all__ = ["check", "compare_vocabularies", "ffi", "lib", "open_session"]
+
+_EXCEPTIONS: dict[int, type[Exception]] = {
+    lib.MTP_INVALID: NativeError,
+    lib.MTP_ABI: HostVersionError,
+    lib.MTP_HOST: NativeError,
+    lib.MTP_ROLLBACK: RollbackRefused,
+    lib.MTP_BUSY: BusyError,
+    lib.MTP_NO_MEMORY: MemoryError,
+    lib.MTP_EXCEPTION: NativeError,
+}
+
+
+def check(status: int, handle: Any) -> None:
+    """Turn a status into the exception that belongs to it; ``MTP_OK`` passes."""
+    if status == lib.MTP_OK:
+        return
+    if handle == ffi.NULL:
+        raise ClosedError()
+    if status == lib.MTP_BUSY:
+        raise BusyError()
+    raise _EXCEPTIONS[status](ffi.string(lib.mtp_session_error(handle)).decode())
+
+
+def api_names() -> list[str]:
+    """Names of the host functions that the engine calls, read off its own struct."""
+    return [name for name, _ in ffi.typeof("struct mtp_host_api").fields]
+
+
+def _api(addresses: dict[str, int]) -> Any:
+    return ffi.new(
+        "struct mtp_host_api *", {n: ffi.cast("void *", a) for n, a in addresses.items()}
+    )
+
+
+def compare_vocabularies(
+    addresses: dict[str, int],
+    layout: dict[str, int],
+    a: int,
+    b: int,
+    tokens: npt.NDArray[np.int32] | None = None,
+) -> str | None:
+    """Say where two ``llama_vocab`` (addresses) part; None when they have the same tokens.
+
+    With ``tokens``, token i of ``b`` has to have the text of token ``tokens[i]`` of ``a``.
+    """
+    text = ffi.new("char[256]")
+    status = lib.mtp_compare_vocabularies(
+        _api(addresses),
+        ffi.new("struct mtp_host_layout *", layout),
+        ffi.cast("void *", a),
+        ffi.cast("void *", b),
+        ffi.NULL if tokens is None else ffi.from_buffer("int32_t[]", tokens),
+        0 if tokens is None else len(tokens),
+        text,
+        len(text),
+    )
+    return None if status == lib.MTP_OK else ffi.string(text).decode("utf-8", "replace")
+
+
+def open_session(addresses: dict[str, int], layout: dict[str, int], params: dict[str, Any]) -> Any:
+    """Open a native session; its owner closes it with ``mtp_session_close``."""
+    out, text = ffi.new("mtp_session **"), ffi.new("char[256]")
+    status = lib.mtp_session_open(
+        _api(addresses),
+        ffi.new("struct mtp_host_layout *", layout),
+        ffi.new("struct mtp_session_params *", params),
+        out,
+        text,
+        len(text),
+    )
+    if status != lib.MTP_OK:
+        raise _EXCEPTIONS[status](ffi.string(text).decode())
+    return out[0]

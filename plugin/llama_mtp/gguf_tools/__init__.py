@@ -1,1 +1,0 @@
-"""Reading and writing GGUF files: what a file holds, and whether its head can be executed."""

@@ -1,0 +1,1 @@
+"""Heads out of Hugging Face checkpoints, without PyTorch."""

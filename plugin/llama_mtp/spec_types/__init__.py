@@ -1,1 +1,0 @@
-"""The built-in spec types; they register through the entry-point group like anyone else's."""
