@@ -25,7 +25,7 @@ from llama_mtp.gguf.write import check_destination, stored, write_gguf
 from llama_mtp.measure.pairs import PROMPTS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-import cycles
+from models import cycles
 
 
 def hybrid(

@@ -61,7 +61,7 @@ __all__ = [
 _OLDEST = (0, 3, 36)
 
 # Rows that a draft context computes at a time. Its compute buffer is proportional to them, and one
-# block reads a prompt hardly slower in so small parts: tests/figures_catch_up.py. A round of
+# block reads a prompt hardly slower in so small parts: tests/bench/figures/catch_up.py. A round of
 # drafts, which has a row more than what it verified, goes in one part however deep it is.
 DRAFT_UBATCH = 64
 

@@ -21,7 +21,9 @@ logger = logging.getLogger("llama_mtp")
 
 MAX_DEPTH = 64  # more rows than this in a verify batch never pay
 MAX_CHECKPOINTS = 1024
-PREFILL_WINDOW = 128  # more costs prompts more and drafts are no better: tests/figures_prefill.py
+PREFILL_WINDOW = (
+    128  # more costs prompts more and drafts are no better: tests/bench/figures/prefill.py
+)
 DEPTHS = ("adaptive", "fixed")
 
 _T = TypeVar("_T")

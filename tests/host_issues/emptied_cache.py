@@ -10,7 +10,7 @@ from pathlib import Path
 from llama_cpp import llama_cpp as C
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import FAMILIES
+from models.families import FAMILIES
 
 with tempfile.TemporaryDirectory() as folder:
     files = FAMILIES["gemma4-assistant"].build(Path(folder), 1, 1)

@@ -17,7 +17,7 @@ from llama_cpp import llama_cpp as C
 from llama_cpp import llama_cpp_ext as X
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import FAMILIES
+from models.families import FAMILIES
 
 N = 96
 

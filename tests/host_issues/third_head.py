@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import FAMILIES
-from reference import Reference
+from models.families import FAMILIES
+from models.reference import Reference
 
 with tempfile.TemporaryDirectory() as folder:
     reference = Reference(FAMILIES["hy_v3"].build(Path(folder), 3, 1))

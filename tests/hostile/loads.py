@@ -28,10 +28,10 @@ import typer
 os.environ["GGML_NO_BACKTRACE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import families
 import llama_cpp  # noqa: F401  the forks share it
 import models
-from families import not_executable
+from models import families
+from models.families import not_executable
 
 from hostile import raw
 from llama_mtp.gguf.header import BLOCKS
