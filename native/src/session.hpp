@@ -1,7 +1,7 @@
 // Session: target and draft side by side, one round at a time. The only place that knows both.
 #pragma once
 
-#include "draft.hpp"
+#include "drafts/head.hpp"
 #include "verify.hpp"
 
 #include <atomic>

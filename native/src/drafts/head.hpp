@@ -1,9 +1,9 @@
 // Draft: the MTP context. Catches up with the captured rows and proposes the next tokens.
 #pragma once
 
-#include "capture.hpp"
-#include "rule.hpp"
-#include "vocabulary.hpp"
+#include "../capture.hpp"
+#include "../rule.hpp"
+#include "../vocabulary.hpp"
 
 #include <algorithm>
 #include <memory>

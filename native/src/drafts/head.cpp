@@ -1,4 +1,4 @@
-#include "draft.hpp"
+#include "head.hpp"
 
 #include <algorithm>
 #include <cmath>
