@@ -52,7 +52,7 @@ def ours() -> Iterator[LlamaFactory]:
     """Return ``ours(model, **options)``: drafts with the head, at constant depth 3 unless told."""
     from llama_mtp import Llama
 
-    yield from _factory(Llama, spec_type="draft-mtp", spec_draft_adaptive=False)
+    yield from _factory(Llama, spec_type="draft-mtp", spec_adaptive=False)
 
 
 def _factory(cls: Any, **defaults: Any) -> Iterator[Callable[..., Any]]:

@@ -40,7 +40,7 @@ with errors_in_one_line(), tempfile.TemporaryDirectory() as temporary:
         print(f"note: {note}")
 
     question = [{"role": "user", "content": "List the days of the week, one per line."}]
-    with Llama(str(out), n_ctx=512, spec_draft_adaptive=False, verbose=False) as llm:
+    with Llama(str(out), n_ctx=512, spec_adaptive=False, verbose=False) as llm:
         answer = llm.create_chat_completion(question, max_tokens=64, temperature=0)
         print(answer["choices"][0]["message"]["content"])
         print(llm.spec_stats)

@@ -70,7 +70,7 @@ class Llama(host.StockLlama):
         spec_draft_type_k, spec_draft_type_v: ggml types of the draft context's own KV cache.
         spec_depth: ``"adaptive"`` (the default) lets measured costs and acceptance choose the depth
             up to the bound, ``"fixed"`` keeps it there.
-        spec_draft_adaptive: the same as a bool.
+        spec_adaptive: the same as a bool.
         spec_checkpoints: most copies of the recurrent state of a hybrid model to keep near the ends
             of prompts (default 4, at most 512 MiB together; 0: none), so that a chat whose last
             turn changed is not read again from its start.
@@ -106,7 +106,7 @@ class Llama(host.StockLlama):
         spec_draft_type_k: int | None = None,
         spec_draft_type_v: int | None = None,
         spec_depth: str | None = None,
-        spec_draft_adaptive: bool | None = None,
+        spec_adaptive: bool | None = None,
         spec_checkpoints: int | None = None,
         spec_allow_untested: bool | None = None,
         spec_prefill_window: int | None = None,
@@ -132,7 +132,7 @@ class Llama(host.StockLlama):
             spec_draft_p_min,
             spec_draft_type_k,
             spec_draft_type_v,
-            spec_draft_adaptive,
+            spec_adaptive,
             spec_checkpoints,
             spec_draft_model,
             spec_allow_untested,
@@ -602,7 +602,7 @@ class Llama(host.StockLlama):
             "spec_draft_model": options.draft_model,
             "spec_draft_type_k": options.type_k,
             "spec_draft_type_v": options.type_v,
-            "spec_draft_adaptive": options.adaptive,
+            "spec_adaptive": options.adaptive,
             "spec_checkpoints": options.checkpoints,
             "spec_allow_untested": options.allow_untested,
             "spec_prefill_window": options.prefill_window,

@@ -21,9 +21,8 @@ logger = logging.getLogger("llama_mtp")
 
 MAX_DEPTH = 64  # more rows than this in a verify batch never pay
 MAX_CHECKPOINTS = 1024
-PREFILL_WINDOW = (
-    128  # more costs prompts more and drafts are no better: tests/bench/figures/prefill.py
-)
+# More costs prompts more and drafts are no better: tests/bench/figures/prefill.py
+PREFILL_WINDOW = 128
 DEPTHS = ("adaptive", "fixed")
 
 _T = TypeVar("_T")
@@ -115,7 +114,7 @@ def read_options(
         )
     if adaptive is not None and depth is not None and adaptive != (depth == "adaptive"):
         raise SpecTypeError(
-            f"spec_depth={depth!r} and spec_draft_adaptive={adaptive} contradict each other; "
+            f"spec_depth={depth!r} and spec_adaptive={adaptive} contradict each other; "
             "leave one of the two out."
         )
     if adaptive is None:

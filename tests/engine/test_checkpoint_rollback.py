@@ -307,7 +307,7 @@ def test_drafting_that_does_not_pay_ends(
     prompt = words(20)
     truth = fresh_text(plain, prompt, 480, **GREEDY)
     drafter = planned([*prompt, *truth], [0])
-    fast = ours(files["qwen3next"], spec_type="planned", spec_draft_adaptive=True)
+    fast = ours(files["qwen3next"], spec_type="planned", spec_adaptive=True)
     assert text(fast, prompt, 470, **GREEDY) == truth[:470]
     assert fast._session.policy.best == 0
     assert sum(v.n_drafted > 0 for v in drafter.verdicts[-200:]) < 20

@@ -139,7 +139,7 @@ def test_an_untested_architecture_drafts_right_whatever_its_graph_publishes(
     monkeypatch.setattr(inspect, "ARCHITECTURES", known)
     with pytest.raises(SpecTypeError, match="spec_allow_untested=True"):
         Llama(str(m.path), spec_type="draft-mtp", **COMMON)
-    options: dict[str, Any] = {**COMMON, "spec_draft_adaptive": False}
+    options: dict[str, Any] = {**COMMON, "spec_adaptive": False}
     prompt = m.text(30)
     with Llama(str(m.path), spec_allow_untested=True, **options) as fast:
         emitted = list(islice(fast.generate(prompt, temp=0.0), 120))

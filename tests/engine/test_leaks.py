@@ -37,7 +37,7 @@ def in_use():
 
 def once(seed):
     llm = Llama(path, n_ctx=512, n_threads=1, n_threads_batch=1, spec_type="draft-mtp",
-                spec_draft_adaptive=False, seed=seed, verbose=False)
+                spec_adaptive=False, seed=seed, verbose=False)
     for _ in islice(llm.generate([300, 301, 302] * 80, temp=0.8), 40):
         pass
     if planted:

@@ -72,9 +72,7 @@ def test_the_draft_context_computes_few_rows_at_a_time(
     sizes, texts = {}, {}
     for n_ubatch in (512, host.DRAFT_UBATCH):
         monkeypatch.setattr(host, "DRAFT_UBATCH", n_ubatch)
-        with Llama(
-            str(m.path), spec_type="draft-mtp", spec_draft_adaptive=False, **options
-        ) as fast:
+        with Llama(str(m.path), spec_type="draft-mtp", spec_adaptive=False, **options) as fast:
             assert draft_ubatch(fast) == n_ubatch
             texts[n_ubatch] = list(islice(fast.generate(prompt, temp=0.0), 40))
             expected = models.expected_acceptance(m, prompt, texts[n_ubatch], 3)

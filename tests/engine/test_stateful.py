@@ -109,7 +109,7 @@ class Conversation(RuleBasedStateMachine):
             str(self.model.path),
             spec_type="draft-mtp",
             spec_draft_n_max=DEPTH,
-            spec_draft_adaptive=False,
+            spec_adaptive=False,
             **OPTIONS,
         )
         self.context: list[int] = []

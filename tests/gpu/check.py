@@ -87,7 +87,7 @@ def identity(path: Path, layers: int, n_tokens: int) -> int:
     options: dict[str, Any] = {"n_ctx": 2048, "n_gpu_layers": layers, "verbose": False}
     stock = StockLlama(str(path), **options)
     failures = 0
-    with Llama(str(path), spec_type="draft-mtp", spec_draft_adaptive=False, **options) as ours:
+    with Llama(str(path), spec_type="draft-mtp", spec_adaptive=False, **options) as ours:
         prompt = chat_tokens(ours, PROMPT)
         for name, sampling in SAMPLING.items():
             report: IdentityReport = check_identity(stock, ours, prompt, n_tokens, 1, **sampling)

@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture
 def ours() -> Iterator[Factory]:
-    yield from _factory(Llama, spec_draft_adaptive=False)
+    yield from _factory(Llama, spec_adaptive=False)
 
 
 def words(n: int, seed: int = 0) -> list[int]:

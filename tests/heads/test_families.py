@@ -143,7 +143,7 @@ def opened(
         ours = Llama(
             str(files.path),
             spec_type="draft-mtp",
-            spec_draft_adaptive=False,
+            spec_adaptive=False,
             spec_draft_n_max=DEPTH,
             spec_draft_type_k=0,
             spec_draft_type_v=0,

@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.fixture
 def ours(files: Files) -> Iterator[Factory]:
     """Return ``ours(files, **options)``: target and assistant, at constant depth 3 unless told."""
-    yield from _factory(Llama, spec_draft_model=str(files.draft), spec_draft_adaptive=False)
+    yield from _factory(Llama, spec_draft_model=str(files.draft), spec_adaptive=False)
 
 
 def words(n: int, seed: int = 0) -> list[int]:

@@ -40,7 +40,7 @@ def opened(path: Path, **options: Any) -> Iterator[tuple[Llama, Watch]]:
         llama = Llama(
             str(path),
             spec_type="draft-mtp",
-            spec_draft_adaptive=False,
+            spec_adaptive=False,
             spec_draft_n_max=1,
             **OPTIONS,
             **options,

@@ -218,7 +218,7 @@ def test_the_text_is_the_trunks_whatever_the_heads_type(
         matrix = tensor.name.startswith(own) and len(tensor.shape) > 1
         assert tensor.type == (TYPES[name] if matrix else before.tensors[tensor.name].type)
     prompt = m.text(9)
-    with Llama(str(joined), **COMMON, spec_type="draft-mtp", spec_draft_adaptive=False) as fast:
+    with Llama(str(joined), **COMMON, spec_type="draft-mtp", spec_adaptive=False) as fast:
         emitted = text(fast, prompt, 100, temp=0.0)
         assert emitted == fresh_text(stock(m), prompt, 100, temp=0.0)
         # The words of the head's own embeddings are so far apart that no type mistakes one.

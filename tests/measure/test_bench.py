@@ -523,7 +523,7 @@ def test_a_constant_depth_leaves_the_policy_as_it_was(
     model: ModelFactory, ours: LlamaFactory
 ) -> None:
     m = model("qwen35")
-    fast = ours(m, spec_draft_adaptive=True)
+    fast = ours(m, spec_adaptive=True)
     list(islice(fast.generate(m.text(9), temp=0.0), 200))
     policy = fast._session.policy
     before = policy.explain()
@@ -541,20 +541,20 @@ def test_a_constant_depth_leaves_the_policy_as_it_was(
     assert fast._session.policy is policy
 
 
-def test_spec_depth_names_what_spec_draft_adaptive_switches(model: ModelFactory) -> None:
+def test_spec_depth_names_what_spec_adaptive_switches(model: ModelFactory) -> None:
     path = str(model("hy_v3").path)
     cases: tuple[tuple[dict[str, Any], bool], ...] = (
         ({}, True),
         ({"spec_depth": "adaptive"}, True),
         ({"spec_depth": "fixed"}, False),
-        ({"spec_draft_adaptive": False}, False),
-        ({"spec_depth": "fixed", "spec_draft_adaptive": False}, False),
+        ({"spec_adaptive": False}, False),
+        ({"spec_depth": "fixed", "spec_adaptive": False}, False),
     )
     for own, adaptive in cases:
         with llama_mtp.Llama(path, spec_type="draft-mtp", **COMMON, **own) as fast:
             assert fast._session is not None
             assert fast._session.policy.adaptive == adaptive
-    contradiction: dict[str, Any] = {"spec_depth": "fixed", "spec_draft_adaptive": True}
+    contradiction: dict[str, Any] = {"spec_depth": "fixed", "spec_adaptive": True}
     for wrong in ({"spec_depth": "deep"}, contradiction):
         with pytest.raises(SpecTypeError, match="spec_depth"):
             llama_mtp.Llama(path, **COMMON, **wrong)

@@ -101,7 +101,7 @@ def test_adaptive_depth_keeps_the_text(
     model: ModelFactory, stock: StockFactory, ours: LlamaFactory, arch: str
 ) -> None:
     m = model(arch, state_scale=1.0)
-    plain, fast = stock(m), ours(m, spec_draft_adaptive=True, spec_draft_n_max=4)
+    plain, fast = stock(m), ours(m, spec_adaptive=True, spec_draft_n_max=4)
     for seed in range(3):
         report = check_identity(plain, fast, m.text(10, seed), 300, seed + 1, **SAMPLED)
         assert report.divergences == []

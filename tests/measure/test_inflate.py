@@ -70,7 +70,7 @@ def logits(path: Path, tokens: list[int]) -> npt.NDArray[np.single]:
 
 def text(path: Path, prompt: list[int]) -> tuple[list[int], list[int], list[int]]:
     """160 greedy tokens with drafts, and tested and accepted drafts by position."""
-    options: dict[str, Any] = {**COMMON, "spec_draft_adaptive": False}
+    options: dict[str, Any] = {**COMMON, "spec_adaptive": False}
     with Llama(str(path), spec_type="draft-mtp", **options) as llm:
         tokens = list(islice(llm.generate(prompt, temp=0.0), 160))
         stats = llm.spec_stats
@@ -172,7 +172,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> cycles.Cycles:
 def first_rounds(path: Path, words: npt.NDArray[np.int64], **options: Any) -> tuple[int, int]:
     """Drafted and accepted in one round of one draft after each of the words of a cycle."""
     with Llama(
-        str(path), spec_type="draft-mtp", spec_draft_adaptive=False, **{**COMMON, **options}
+        str(path), spec_type="draft-mtp", spec_adaptive=False, **{**COMMON, **options}
     ) as llm:
         with llm.spec_constant_depth(1):
             for word in words:
@@ -215,9 +215,7 @@ def test_the_head_is_as_sure_as_it_was_made(made: cycles.Cycles) -> None:
 
 @pytest.mark.parametrize("temp", [0.0, 1.0])
 def test_the_prompts_of_the_bench_start_a_cycle_each(made: cycles.Cycles, temp: float) -> None:
-    with Llama(
-        str(made.model.path), spec_type="draft-mtp", spec_draft_adaptive=False, **COMMON
-    ) as llm:
+    with Llama(str(made.model.path), spec_type="draft-mtp", spec_adaptive=False, **COMMON) as llm:
         for k, prompt in enumerate(PROMPTS.values()):
             tokens = chat_tokens(llm, prompt)
             text = generate(llm, tokens, 60, temp=temp).tokens

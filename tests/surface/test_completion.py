@@ -32,7 +32,7 @@ def pair(model: ModelFactory) -> Iterator[tuple[Any, Any]]:
     """Return stock with all rows, and ours without, on a hybrid model whose text meanders."""
     path = str(model("qwen35", state_scale=1.0).path)
     plain = llama_cpp.Llama(path, **COMMON, logits_all=True)
-    fast = Llama(path, **COMMON, spec_type="draft-mtp", spec_draft_adaptive=False)
+    fast = Llama(path, **COMMON, spec_type="draft-mtp", spec_adaptive=False)
     yield plain, fast
     plain.close()
     fast.close()

@@ -176,7 +176,7 @@ def test_a_plugin_that_chooses_the_depth_has_the_last_word(
 
     register(Plugin(), "two")
     m = model("hy_v3")
-    text(ours(m, spec_draft_adaptive=True), m.text(10), 400)
+    text(ours(m, spec_adaptive=True), m.text(10), 400)
     assert len(drafted) > 100
     assert set(drafted) == {2}
 

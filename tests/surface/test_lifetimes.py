@@ -198,7 +198,7 @@ def test_dropping_a_stream_does_not_disturb_another(
 def test_close_while_streaming(model: ModelFactory, arch: str) -> None:
     m = model(arch)
     for taken in range(1, 6):
-        fast = Llama(str(m.path), spec_type="mtp", spec_draft_adaptive=False, **COMMON)
+        fast = Llama(str(m.path), spec_type="mtp", spec_adaptive=False, **COMMON)
         stream = fast.generate(m.text(10), **SAMPLED)
         completion = fast.create_completion("hello", max_tokens=50, stream=True)
         list(islice(stream, taken))
@@ -238,7 +238,7 @@ def test_close_from_another_thread(model: ModelFactory, arch: str) -> None:
     """It waits for the step that is being made; the stream then ends with ClosedError."""
     m = model(arch)
     for delay in range(5):
-        fast = Llama(str(m.path), spec_type="mtp", spec_draft_adaptive=False, **COMMON)
+        fast = Llama(str(m.path), spec_type="mtp", spec_adaptive=False, **COMMON)
         started = threading.Event()
         ended: list[type[BaseException]] = []
 
@@ -268,7 +268,7 @@ def test_collected_in_any_order(model: ModelFactory, arch: str) -> None:
     m = model(arch)
     orders = list(itertools.permutations(KINDS))
     for order in random.Random(3).sample(orders, 12):
-        fast = Llama(str(m.path), spec_type="mtp", spec_draft_adaptive=False, **COMMON)
+        fast = Llama(str(m.path), spec_type="mtp", spec_adaptive=False, **COMMON)
         held: dict[str, Any] = {
             "llama": fast,
             "session": fast._session,
@@ -291,7 +291,7 @@ def test_collected_as_one_cycle(model: ModelFactory, arch: str) -> None:
     """The collector's own order, with the parts in any order in the cycle."""
     m = model(arch)
     for seed in range(6):
-        fast = Llama(str(m.path), spec_type="mtp", spec_draft_adaptive=False, **COMMON)
+        fast = Llama(str(m.path), spec_type="mtp", spec_adaptive=False, **COMMON)
         stream = fast.generate(m.text(10), **SAMPLED)
         list(islice(stream, 3))
         parts = [fast, fast._session, fast._ctx, fast._model, fast._session._draft, stream]

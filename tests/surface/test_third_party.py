@@ -43,7 +43,7 @@ for name, sampling in samplings.items():
     answer["stock", name] = tokens(stock, **sampling)
     stock.close()
     # The depth is constant so that what is accepted does not hang on the machine's speed.
-    constant = dict(spec_type="prompt-lookup", spec_draft_adaptive=False)
+    constant = dict(spec_type="prompt-lookup", spec_adaptive=False)
     with Llama(path, seed=7, **constant, **arguments) as llm:
         answer["ours", name] = tokens(llm, **sampling)
         answer["spec_type"] = llm.spec_type

@@ -115,7 +115,7 @@ def run_demo(
         "n_threads_batch": threads,
         "verbose": False,
     }
-    with open_pair(model, spec_draft_adaptive=adaptive, **host) as (plain, mtp, added_memory):
+    with open_pair(model, spec_adaptive=adaptive, **host) as (plain, mtp, added_memory):
         for text in prompts.values():
             answer = mtp.create_chat_completion(
                 [{"role": "user", "content": text}], temperature=0.0, max_tokens=max_tokens

@@ -44,7 +44,7 @@ class Chat:
             type_k=0,
             type_v=0,
             verbose=False,
-            spec_draft_adaptive=False,
+            spec_adaptive=False,
             **options,
         )
         self.evaluated: list[int] = []

@@ -27,7 +27,7 @@ from llama_mtp import Llama
 
 LENGTHS = (500, 2000, 4000)
 OPTIONS: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1, "verbose": False}
-MTP: dict[str, Any] = {"spec_type": "draft-mtp", "spec_draft_adaptive": False}
+MTP: dict[str, Any] = {"spec_type": "draft-mtp", "spec_adaptive": False}
 WINDOW = 200
 N_CTX = 32_768
 N_WORDS = 48_889  # prime, and with bytes and special tokens 49,148
@@ -36,7 +36,7 @@ PEAK = """
 import re, sys
 from llama_mtp import Llama
 llm = Llama(sys.argv[1], n_ctx=int(sys.argv[2]), n_threads=1, n_threads_batch=1, verbose=False,
-            spec_type="draft-mtp", spec_draft_adaptive=False)
+            spec_type="draft-mtp", spec_adaptive=False)
 answer = llm.create_completion(
     "hello", max_tokens=int(sys.argv[3]), temperature=0.0, logprobs=eval(sys.argv[4])
 )

@@ -76,7 +76,7 @@ def main() -> None:
                     str(a.model),
                     spec_type="draft-mtp",
                     spec_draft_n_max=DEPTH,
-                    spec_depth="fixed",
+                    spec_adaptive=False,
                     n_ctx=1024,
                     n_threads=a.threads,
                     n_threads_batch=a.threads,

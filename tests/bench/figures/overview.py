@@ -77,7 +77,7 @@ def overhead(folder: Path, arch: str) -> tuple[float, float, float]:
     with Llama(
         str(m.path),
         spec_type="draft-mtp",
-        spec_draft_adaptive=False,
+        spec_adaptive=False,
         n_ctx=1024,
         n_threads=1,
         n_threads_batch=1,
@@ -99,7 +99,7 @@ def identity(folder: Path, arch: str) -> tuple[int, int, int]:
     options = {"n_ctx": 2304, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
     tokens = partings = illegal = 0
     with (
-        Llama(str(m.path), spec_type="draft-mtp", spec_draft_adaptive=False, **options) as ours,
+        Llama(str(m.path), spec_type="draft-mtp", spec_adaptive=False, **options) as ours,
         Llama(str(m.path), spec_type="none", **options) as stock,
     ):
         for seed in range(3):

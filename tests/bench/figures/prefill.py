@@ -160,7 +160,7 @@ def main() -> None:
                     str(a.model),
                     spec_type="draft-mtp",
                     spec_draft_n_max=DEPTH,
-                    spec_draft_adaptive=False,
+                    spec_adaptive=False,
                     spec_prefill_window=window,
                     **options,
                 )

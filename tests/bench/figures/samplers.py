@@ -45,7 +45,7 @@ def pair(model: models.Model, **options: Any) -> tuple[Any, Any]:
         str(model.path),
         spec_type="draft-mtp",
         spec_draft_n_max=DEPTH,
-        spec_draft_adaptive=False,
+        spec_adaptive=False,
         **options,
     )
     return llama_cpp.Llama(str(model.path), **options), fast
