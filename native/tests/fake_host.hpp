@@ -103,6 +103,9 @@ class host {
     int                  n_holes        = 0;  // a head that reads cells which it did not write
     std::vector<int32_t> draft_positions;     // of all rows of the draft context
 
+    // What the draft context read that it must not: empty, or in words.
+    std::string faults() const;
+
     // The k-th call from now of a function fails in its own way, or throws.
     std::map<std::string, int> fail_in;
     bool                       throws = false;
@@ -113,11 +116,3 @@ class host {
 extern host * current;  // the api has no user data; one fake lives at a time
 
 }  // namespace fake
-
-#define CHECK(cond)                                                                                  \
-    do {                                                                                             \
-        if (!(cond)) {                                                                               \
-            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                          \
-            std::abort();                                                                            \
-        }                                                                                            \
-    } while (0)
