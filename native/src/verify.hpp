@@ -48,6 +48,9 @@ class verifier {
     // Someone else replaced the memory; it ends at n_past and nothing can be taken back in a recurrent trunk.
     void forget(int32_t n_past);
 
+    // Empties the memory.
+    void clear();
+
     bool can_truncate(int32_t n_past) const;
     void truncate(int32_t n_past);
 
@@ -71,14 +74,13 @@ class verifier {
     // For measurements: a coin decides which drafts are accepted. No chances: the model decides, as always.
     void accept_by_coin(std::vector<float> chances, uint64_t seed);
 
-    // The caller sampled n rows itself; settle comes next.
-    void commit(int32_t n);
-
     // The round in numbers.
     int32_t drafted() const { return in_round() ? rows() - 1 : 0; }
     int32_t accepted() const { return accepted_; }
     int32_t sampled() const { return sampled_; }
     int32_t spare() const { return spare_right_; }
+    // What the host's memory itself says.
+    int32_t host_start() const { return api_.memory_seq_pos_min(memory_, 0); }
     int32_t host_end() const { return api_.memory_seq_pos_max(memory_, 0) + 1; }
 
     // Hidden rows of the last decode from `last` on, n_embd floats each; NULL when the host has none, or keeps none.
