@@ -88,7 +88,8 @@ struct mtp_session_params {
                                    * has it, else what is to be read in its place */
 };
 
-enum { MTP_CLASSES = 8, MTP_MAX_DEPTH = 64 };
+/* Classes of confidence, most drafts of a round, and how many tokens before a prompt's end a checkpoint stands. */
+enum { MTP_CLASSES = 8, MTP_MAX_DEPTH = 64, MTP_CHECKPOINT_TAIL = 4 };
 
 /* What a round drafts and verifies, pick by pick. A pick has a class by its probability, always 0 where the device or the
  * caller picks. With P(k) the product of accept over the first k picks, pick k + 1 is drafted while P(k) >= go[k]; then

@@ -5,7 +5,7 @@
 namespace mtp {
 
 int32_t checkpoints::place(int32_t end) const {
-    const int32_t at   = end - tail;
+    const int32_t at   = end - MTP_CHECKPOINT_TAIL;
     const int32_t last = kept_.empty() ? 0 : kept_.back().end();
     return limit_ > 0 && at - last >= min_step ? at : -1;
 }

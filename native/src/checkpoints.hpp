@@ -31,7 +31,9 @@ class checkpoints {
     checkpoints(const host_api & api, void * ctx, void * memory, int32_t limit)
         : api_(api), ctx_(ctx), memory_(memory), limit_(limit) {}
 
-    // Where in a prompt that ends at `end` a checkpoint should be made, or -1.
+    // Where in a prompt that ends at `end` a checkpoint should be made, or -1. It stands some tokens before the end, as in
+    // llama.cpp's server: the same prompt again then has tokens left to evaluate, and what a chat template ends a prompt
+    // with need not come back in the next turn.
     int32_t place(int32_t end) const;
 
     // The memory is about to change from position pos on.
@@ -56,9 +58,6 @@ class checkpoints {
 
   private:
     static constexpr int64_t max_bytes = 512ll << 20;  // of all checkpoints together
-    // A checkpoint stands this many tokens before the prompt's end, as in llama.cpp's server. The same prompt again then
-    // has tokens left to evaluate, and what a chat template ends a prompt with need not come back in the next turn.
-    static constexpr int32_t tail = 4;
     // Nearer to the one before it, reading the tokens again costs less than a copy and one more decode.
     static constexpr int32_t min_step = 32;
 

@@ -43,6 +43,7 @@ mtp_session::mtp_session(void * const * functions, int32_t n_functions, const mt
 
 void mtp_session::begin(const int32_t * tokens, int32_t n) {
     require(n >= 0 && (tokens != nullptr || n == 0), "begin needs the tokens of the text");
+    settle();  // rows that are left belong to another generation
     if (source) {
         source->begin(tokens, n);
     }
@@ -181,7 +182,7 @@ void mtp_session::next(void * sampler, int32_t last, int32_t pos, const mtp_rule
         const int32_t n     = rule != nullptr ? mtp::verified(*rule, picks) : 0;
         verify(last, pos, std::move(picks), n);
     } else {
-        require(pos == target.row_pos(), "the token's position is not that of the next verify row");
+        require(pos == target.row_pos() && last == target.row_token(), "the token is not that of the next verify row");
     }
     sample(sampler, step);
     step.new_round = new_round ? 1 : 0;

@@ -33,8 +33,9 @@ class verifier {
 
     // The target's end, rows that nobody sampled left out.
     int32_t n_past() const { return base_ + kept(); }
-    // Position of the token that the next verify row was decoded from.
+    // The token that the next verify row was decoded from, and its position.
     int32_t row_pos() const { return base_ + sampled_; }
+    int32_t row_token() const { return row_tokens_[sampled_]; }
     int32_t rows_left() const { return rejected_ ? 0 : rows() - sampled_; }
     bool    in_round() const { return !row_tokens_.empty(); }
     int32_t live_row() const { return live_row_; }

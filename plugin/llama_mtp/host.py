@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp as _package
@@ -36,7 +37,7 @@ __all__ = [
     "StockTokenizer",
     "address_of",
     "address_of_sampler",
-    "address_table",
+    "addresses",
     "architecture",
     "batch_layout",
     "check_version",
@@ -44,11 +45,13 @@ __all__ = [
     "draft_context",
     "draft_model",
     "internals",
-    "keeps_everything",
     "load_memory",
     "logits_row",
+    "is_end_of_generation",
     "memory_end",
     "memory_is_sound",
+    "n_embd_out",
+    "n_rs_seq",
     "plan_anew",
     "pointer_to",
     "rows_with_logits",
@@ -124,9 +127,9 @@ def address_of(name: str) -> int:
     )
 
 
-def address_table(names: list[str]) -> dict[str, int]:
-    """Return name -> address for every function the native engine asks for."""
-    return {name: address_of(name) for name in names}
+def addresses(names: Sequence[str]) -> list[int]:
+    """Return the address of every function that the native engine asks for, in that order."""
+    return [address_of(name) for name in names]
 
 
 def batch_layout() -> dict[str, int]:
@@ -159,9 +162,19 @@ def memory_is_sound(context: Any) -> bool:
     return memory_end(context) == 0 if first < 0 else memory_end(context) <= context.n_ctx()
 
 
-def keeps_everything(context: Any) -> bool:
-    """Whether sequence 0 still reaches back to position 0 (sliding windows move on)."""
-    return int(C.llama_memory_seq_pos_min(context.memory, 0)) <= 0
+def n_embd_out(model: Any) -> int:
+    """Return the width of a model's hidden rows, in floats."""
+    return int(C.llama_model_n_embd_out(model.model))
+
+
+def n_rs_seq(context: Any) -> int:
+    """Return how many snapshots of its recurrent state a context really keeps."""
+    return int(C.llama_n_rs_seq(context.ctx))
+
+
+def is_end_of_generation(model: Any, token: int) -> bool:
+    """Whether the model's vocabulary says that a token ends the text."""
+    return bool(C.llama_vocab_is_eog(model.vocab, token))
 
 
 def offloads(context: Any) -> bool:
