@@ -37,7 +37,7 @@ __all__ = [
     "StockTokenizer",
     "address_of",
     "address_of_sampler",
-    "addresses",
+    "address_table",
     "architecture",
     "batch_layout",
     "check_version",
@@ -127,9 +127,9 @@ def address_of(name: str) -> int:
     )
 
 
-def addresses(names: Sequence[str]) -> list[int]:
-    """Return the address of every function that the native engine asks for, in that order."""
-    return [address_of(name) for name in names]
+def address_table(names: Sequence[str]) -> dict[str, int]:
+    """Return name -> address for every function that the native engine asks for, in that order."""
+    return {name: address_of(name) for name in names}
 
 
 def batch_layout() -> dict[str, int]:

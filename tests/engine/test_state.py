@@ -18,6 +18,7 @@ from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 from test_acceptance import assert_acceptance
 
 from llama_mtp import StateError
+from llama_mtp.engine.generation import Generation
 from llama_mtp.engine.native import ffi, lib
 from llama_mtp.host import address_of_sampler
 from llama_mtp.measure.identity import fresh_text, text
@@ -101,7 +102,7 @@ def test_acceptance_goes_on_as_if_nothing_had_happened(
         state = pickle.loads(pickle.dumps(fast.save_state()))
         for target in (fast, other):
             text(target, m.text(15, seed=n), n, **GREEDY)
-            restarts = target._session._counters.n_draft_restarts
+            restarts = target._session.counters()["n_draft_restarts"]
             target.load_state(state)
             emitted = text(target, context, 60, **GREEDY)
             assert emitted == undisturbed
@@ -110,7 +111,7 @@ def test_acceptance_goes_on_as_if_nothing_had_happened(
             expected = assert_acceptance(stats, m, context, emitted, 3)
             if head == "hidden":
                 assert {accepted for _, _, accepted in expected.rounds[:-1]} == {3}
-            assert target._session._counters.n_draft_restarts == restarts
+            assert target._session.counters()["n_draft_restarts"] == restarts
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
@@ -126,8 +127,10 @@ def test_the_pending_hidden_row_comes_back(
         chain = other._init_sampler(temp=0.0)
         address = ffi.cast("void *", address_of_sampler(chain))
         session = other._session
+        generation = Generation(chain, address, None, context[:-1], end=other.n_ctx())
+        session.begin(generation, other._input_ids)
         for _ in range(4):
-            context.append(other._next(session, chain, address, context[-1], None))
+            context.append(other._next(session, generation, context[-1], None))
             assert context[-1] == m.follow[context[-2]]
         assert (session._step.n_sampled, session._step.n_accepted) == (4, 3)  # all of one round
 

@@ -84,7 +84,7 @@ def _different_vocabulary(target: Any, draft: Any, setup: Setup) -> str | None:
     if setup.stand_ins is not None and len(setup.stand_ins) != target.n_vocab():
         return f"one has {target.n_vocab()} tokens, the other is for {len(setup.stand_ins)}"
     return compare_vocabularies(
-        host.addresses(function_names()),
+        host.address_table(function_names()),
         host.batch_layout(),
         host.vocabulary_of(target),
         host.vocabulary_of(draft),

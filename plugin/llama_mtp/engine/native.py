@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -54,12 +54,13 @@ def function_names() -> list[str]:
     return [ffi.string(name).decode() for name in itertools.takewhile(bool, names)]
 
 
-def _pointers(addresses: Sequence[int]) -> Any:
-    return ffi.new("void *[]", [ffi.cast("void *", address) for address in addresses])
+def _pointers(addresses: Mapping[str, int]) -> Any:
+    ordered = (addresses[name] for name in function_names())
+    return ffi.new("void *[]", [ffi.cast("void *", address) for address in ordered])
 
 
 def compare_vocabularies(
-    addresses: Sequence[int],
+    addresses: Mapping[str, int],
     layout: dict[str, int],
     a: int,
     b: int,
@@ -84,7 +85,7 @@ def compare_vocabularies(
     return None if status == lib.MTP_OK else ffi.string(text).decode("utf-8", "replace")
 
 
-def open_session(addresses: Sequence[int], layout: dict[str, int], params: dict[str, Any]) -> Any:
+def open_session(addresses: Mapping[str, int], layout: dict[str, int], params: dict[str, Any]) -> Any:
     """Open a native session; its owner closes it with ``mtp_session_close``."""
     out, text = ffi.new("mtp_session **"), ffi.new("char[256]")
     status = lib.mtp_session_open(

@@ -80,7 +80,7 @@ class Setup:
         elif self.chained:
             drafting = lib.MTP_DRAFTING_CHAINED
         return open_session(
-            host.addresses(function_names()),
+            host.address_table(function_names()),
             host.batch_layout(),
             {
                 "target": ffi.cast("void *", target.ctx),

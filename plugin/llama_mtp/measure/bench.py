@@ -417,7 +417,7 @@ class Course:
     def variants(self) -> tuple[Variant, ...]:
         """Plain, and the depths that this file can draft."""
         session = self.mtp._session
-        most = session.depth_bound if session is not None else 0
+        most = session.setup.depth if session is not None else 0
         return ("plain", *(d for d in self.depths if d == "adaptive" or int(d) <= most))
 
     @property
@@ -467,7 +467,7 @@ class Course:
         most = min(PROMPT_TOKENS, self.plain.n_ctx() - 32)
         prompt = self.plain.tokenize(text.encode())[:most]
         session = self.mtp._session
-        depth = min(1, session.depth_bound) if session is not None else 0
+        depth = min(1, session.setup.depth) if session is not None else 0
         times: dict[bool, list[float]] = {False: [], True: []}
         catch_up = []
         for turn in range(self.repeats + 1):

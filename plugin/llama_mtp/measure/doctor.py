@@ -173,7 +173,7 @@ def _devices() -> str:
 def _engine() -> str:
     from ..engine import native as _engine
 
-    return f"built for {__version__}, {len(_engine.api_names())} host functions wanted"
+    return f"built for {__version__}, {len(_engine.function_names())} host functions wanted"
 
 
 def _functions() -> str:
@@ -181,7 +181,7 @@ def _functions() -> str:
     from ..engine import native as _engine
 
     missing: list[str] = []
-    names = _engine.api_names()
+    names = _engine.function_names()
     for name in names:
         try:
             host.address_of(name)

@@ -120,12 +120,10 @@ def main() -> None:
             ours = chats["ours, 4"]
             table.add_row("tokens a round", *(f"{a:.2f}" for a in ours.acceptance))
             console.print(table)
-            kept = ours.llama._session.checkpoints
-            stats = kept.stats
+            now = ours.llama._session.counters()
             console.print(
-                f"{len(kept)} checkpoints hold {kept.n_bytes} bytes; {stats.saved} saved in "
-                f"{stats.save_ns / 1e3 / max(stats.saved, 1):.0f} us each, {stats.restored} "
-                f"restored in {stats.restore_ns / 1e3 / max(stats.restored, 1):.0f} us each\n"
+                f"{now['n_checkpoints']} checkpoints hold {now['n_checkpoint_bytes']} bytes; "
+                f"{now['n_checkpoints_saved']} saved, {now['n_checkpoints_restored']} restored\n"
             )
             for c in chats.values():
                 c.llama.close()
