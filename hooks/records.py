@@ -21,7 +21,6 @@ class SpecSettings:
     Attributes:
         spec_type: the resolved name, never an alias.
         n_max: most tokens that a draft may have.
-        n_min: fewest tokens that are worth a round; a shorter draft is dropped.
         p_min: a drafter that knows its confidence stops below this probability; 0 never stops.
         n_ctx: context length in tokens.
         n_vocab: a token id is in ``range(n_vocab)``.
@@ -29,7 +28,6 @@ class SpecSettings:
 
     spec_type: str
     n_max: int
-    n_min: int
     p_min: float
     n_ctx: int
     n_vocab: int

@@ -35,7 +35,7 @@ SPECS = [
     for name, member in vars(specs).items()
     if inspect.isfunction(member) and hasattr(member, f"{hooks.NAMESPACE}_spec")
 ]
-SETTINGS = SpecSettings("draft-mtp", n_max=3, n_min=0, p_min=0.0, n_ctx=64, n_vocab=32)
+SETTINGS = SpecSettings("draft-mtp", n_max=3, p_min=0.0, n_ctx=64, n_vocab=32)
 
 
 class Repeat:

@@ -105,7 +105,7 @@ class Session:
                 "gathers": int(head.gathers),
                 "gaps": int(head.mrope),
                 "confidence": int(confident or options.p_min > 0.0),
-                "n_draft_min": options.n_min,
+                "n_draft_min": 0,
                 "drafting": lib.MTP_DRAFTING_SHARED_KV
                 if head.shares_kv
                 else lib.MTP_DRAFTING_CHAINED
@@ -125,16 +125,11 @@ class Session:
         self._target = target
         self.checkpoints = Checkpoints(target, options.checkpoints if self.recurrent else 0)
         self.stats = SpecStats()
-        self.policy = DepthPolicy(
-            plan.depth,
-            min(options.n_min, plan.depth),
-            adaptive=options.adaptive,
-            confident=confident,
-        )
+        self.policy = DepthPolicy(plan.depth, adaptive=options.adaptive, confident=confident)
         self._native_rule = ffi.new("struct mtp_rule *", {"p_min": options.p_min})
         self._loaded: Rule | None = None  # into it
         self._settings = SpecSettings(
-            plan.spec.name, plan.depth, options.n_min, options.p_min, target.n_ctx(), n_vocab
+            plan.spec.name, plan.depth, options.p_min, target.n_ctx(), n_vocab
         )
         self._drafter: Drafter | None = plan.spec.factory and plan.spec.factory(self._settings)
         self._hooks = plugin_manager().hook
@@ -218,7 +213,6 @@ class Session:
                     tokens, draft_ns = self._ask_drafter(context, min(rule.ask(), useful))
                     self._classes = (0,) * len(tokens)
                     n = rule.keep(self._classes)
-                    n = n if n >= self._settings.n_min else 0
                 else:
                     room = self._room(self._settings.n_max, pos)
                     tokens, draft_ns = self._usable(proposed, room), 0
