@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import pickle
+import subprocess
+import sysconfig
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,7 @@ VARIABLES: tuple[tuple[str, str, Any, str, Any], ...] = (
 )
 NAMES = [option[0] for option in KEYWORDS]
 GREEDY: dict[str, Any] = {"temp": 0.0}
+COMMAND = str(Path(sysconfig.get_path("scripts"), "llama-mtp"))
 # A cache in these types needs flash attention, whose width of a head is that of a block.
 Q8_0: dict[str, Any] = {"type_k": 8, "type_v": 8, "flash_attn": True}
 
@@ -79,6 +84,57 @@ def test_the_constructor_has_the_stock_arguments_and_seven_of_its_own() -> None:
     assert set(inspect.signature(llama_cpp.Llama).parameters) - {"kwargs"} <= set(parameters)
     assert sorted(name for name in parameters if name.startswith("spec_")) == sorted(NAMES)
     assert {parameters[name].default for name in NAMES} == {None}
+
+
+def test_run_has_a_flag_for_each_of_the_seven(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys\n"
+        "from dataclasses import asdict\n"
+        "from llama_mtp.settings import read_options\n"
+        "print(json.dumps([sys.argv[1:], asdict(read_options())]))\n"
+    )
+    head = tmp_path / "head.gguf"
+    head.touch()
+    given: dict[str, Any] = {
+        "spec_type": "mtp",
+        "spec_draft_n_max": 5,
+        "spec_draft_p_min": 0.5,
+        "spec_draft_model": head.name,
+        "spec_draft_type_k": "q8_0",
+        "spec_draft_type_v": "f32",
+    }
+    assert [*given, "spec_adaptive"] == NAMES
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    given["spec_draft_model"] = str(head.resolve())
+    for switch, adaptive in (("--spec-adaptive", True), ("--no-spec-adaptive", False)):
+        done = run(tmp_path, *flags, switch, script.name, switch)
+        assert done.returncode == 0, done.stderr
+        expected = read_options(**given, spec_adaptive=adaptive)
+        seen = json.loads(done.stdout)
+        assert seen == [[switch], vars(expected)]
+
+
+def test_run_refuses_what_an_option_does_not_take_before_the_script_runs(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("print('ran')")
+    for flag in ("--spec-draft-p-min=2", "--spec-draft-type-k=q9", "--spec-draft-n-max=65"):
+        done = run(tmp_path, flag, script.name)
+        assert (done.returncode, done.stdout) == (1, "")
+        keyword, value = flag[2:].replace("-", "_").split("=")
+        assert done.stderr.startswith(f"error: {keyword} takes ")
+        assert value in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [COMMAND, "run", *args],
+        cwd=folder,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @given(st.data())
