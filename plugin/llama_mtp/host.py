@@ -24,7 +24,7 @@ from llama_cpp.llama import Llama as StockLlama
 from llama_cpp.llama import LlamaRAMCache, LlamaState, LogitsProcessorList
 from llama_cpp.llama_tokenizer import LlamaTokenizer as StockTokenizer
 
-from .errors import HostVersionError, NativeError
+from .errors import HostVersionError, NativeError, SpecTypeError
 
 __all__ = [
     "DRAFT_UBATCH",
@@ -316,9 +316,9 @@ def draft_context(
     """Make the draft context from the target's own model: no tensor is loaded twice.
 
     It follows the target's ``llama_context_params`` (n_ctx, n_batch, threads, offload, flash
-    attention, rope) and differs where MTP needs it to: one output, no snapshots, fewer rows at a
-    time, its own KV types (default: the host's default, F16). Being an ``internals.LlamaContext``
-    it is freed before its model whatever order Python drops things in.
+    attention, rope, KV types) and differs where MTP needs it to: one output, no snapshots, fewer
+    rows at a time. Being an ``internals.LlamaContext`` it is freed before its model whatever order
+    Python drops things in.
 
     Args:
         n_ubatch: most rows that are computed at a time, never more than the target's; the compute
@@ -326,11 +326,12 @@ def draft_context(
         model: a second model that holds the head; default: the target's.
         shares_kv: the head reads the target's KV cache and takes its types.
         all_outputs: every row of a decode may be an output.
+        type_k, type_v: ggml types of its KV cache; default: the target's, or the host's own default
+            where the host refuses those.
 
     Raises ValueError when the host refuses to make it.
     """
     mine = type(params).from_buffer_copy(params)
-    defaults = C.llama_context_default_params()
     mine.n_ctx = C.llama_n_ctx(target.ctx)
     mine.n_ubatch = min(n_ubatch, mine.n_ubatch)
     mine.ctx_type = C.LLAMA_CONTEXT_TYPE_MTP
@@ -340,10 +341,25 @@ def draft_context(
     mine.n_outputs_max = mine.n_batch if all_outputs else 1
     mine.n_outputs_max_per_seq = mine.n_outputs_max
     mine.embeddings = False
-    if not shares_kv:
-        mine.type_k = defaults.type_k if type_k is None else type_k
-        mine.type_v = defaults.type_v if type_v is None else type_v
-    return internals.LlamaContext(model=model or target.model, params=mine, verbose=verbose)
+    asked = not shares_kv and (type_k, type_v) != (None, None)
+    if asked:
+        mine.type_k = mine.type_k if type_k is None else type_k
+        mine.type_v = mine.type_v if type_v is None else type_v
+    model = model or target.model
+    try:
+        return internals.LlamaContext(model=model, params=mine, verbose=verbose)
+    except ValueError as e:
+        if asked:
+            raise SpecTypeError(
+                "The host refuses a draft context with these cache types; leave out "
+                "spec_draft_type_k and spec_draft_type_v, or pass flash_attn=True with quantized V."
+            ) from e
+        defaults = C.llama_context_default_params()
+        types = (defaults.type_k, defaults.type_v)
+        if shares_kv or (mine.type_k, mine.type_v) == types:
+            raise
+        mine.type_k, mine.type_v = types  # rows of another width may not fill the target's blocks
+        return internals.LlamaContext(model=model, params=mine, verbose=verbose)
 
 
 def vocabulary_of(model: Any) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,31 +40,31 @@ class Llama(Completion, GeneratingLlama):
             stock otherwise; ``"draft-mtp"`` (alias ``"mtp"``) insists; ``"none"`` is stock; any
             other name is a spec type that a plugin registers.
         spec_draft_n_max: most tokens to draft per round (default 3).
-        spec_draft_n_min: fewest drafts worth a round (default 0).
         spec_draft_p_min: stop drafting below this probability (default 0: never).
-        spec_draft_model: a GGUF that holds the head by itself (llama.cpp's ``mtp-X.gguf``, a Gemma
-            4 assistant); default: the head is in the model's own file.
-        spec_draft_type_k, spec_draft_type_v: ggml types of the draft context's own KV cache.
-        spec_depth: ``"adaptive"`` (the default) lets measured costs and acceptance choose the depth
-            up to the bound, ``"fixed"`` keeps it there.
-        spec_adaptive: the same as a bool.
-        spec_checkpoints: most copies of the recurrent state of a hybrid model to keep near the ends
-            of prompts (default 4, at most 512 MiB together; 0: none), so that a chat whose last
-            turn changed is not read again from its start.
-        spec_allow_untested: draft also with an architecture whose head no release of this package
-            has run; libllama may abort the process.
-        spec_prefill_window: the draft context reads at most this many tokens of what it has not
-            seen (a prompt, a long stretch without drafts) and forgets the rest (default 128; 0: all
-            of them).
+        spec_draft_model: path of a GGUF that holds the head by itself (llama.cpp's ``mtp-X.gguf``,
+            a Gemma 4 assistant); default: the head is in the model's own file.
+        spec_draft_type_k, spec_draft_type_v: types of the draft context's KV cache, as ggml numbers
+            or names (``"q8_0"``); default: the target's, or F16 where the host refuses those.
+        spec_adaptive: let measured costs and acceptance choose the depth up to the bound (the
+            default), or draft that many tokens in every round.
 
     The environment variables ``LLAMA_ARG_SPEC_TYPE``, ``LLAMA_ARG_SPEC_DRAFT_N_MAX``,
-    ``..._N_MIN``, ``..._P_MIN`` and ``..._MODEL``, ``LLAMA_ARG_CTX_CHECKPOINTS`` and
-    ``LLAMA_MTP_ALLOW_UNTESTED`` and ``LLAMA_MTP_PREFILL_WINDOW`` stand in for arguments that are
-    not given.
+    ``..._P_MIN``, ``..._MODEL``, ``..._CACHE_TYPE_K``, ``..._CACHE_TYPE_V`` and
+    ``LLAMA_MTP_ADAPTIVE`` stand in for arguments that are not given. Three more have no argument:
+
+    - ``LLAMA_ARG_CTX_CHECKPOINTS``: most copies of the recurrent state of a hybrid model to keep
+      near the ends of prompts (default 4, at most 512 MiB together; 0: none), so that a chat whose
+      last turn changed is not read again from its start.
+    - ``LLAMA_MTP_PREFILL_WINDOW``: the draft context reads at most this many tokens of what it has
+      not seen (a prompt, a long stretch without drafts) and forgets the rest (default 128; 0: all
+      of them).
+    - ``LLAMA_MTP_ALLOW_UNTESTED=1``: draft also with an architecture whose head no release of this
+      package has run; libllama may abort the process.
 
     Raises:
-        SpecTypeError: the spec type is unknown, or cannot be honoured with this file or these
-            arguments.
+        SpecTypeError: an option has a value that it does not take, or the spec type is unknown or
+            cannot be honoured with this file or these arguments.
+        TypeError: there is no such option; the message names the one to use.
         ModelFileError: the file is no GGUF, damaged or truncated.
         HostVersionError: the installed llama-cpp-python lacks what is needed.
     """
@@ -74,37 +75,27 @@ class Llama(Completion, GeneratingLlama):
         *,
         spec_type: str | None = None,
         spec_draft_n_max: int | None = None,
-        spec_draft_n_min: int | None = None,
         spec_draft_p_min: float | None = None,
-        spec_draft_model: str | None = None,
-        spec_draft_type_k: int | None = None,
-        spec_draft_type_v: int | None = None,
-        spec_depth: str | None = None,
+        spec_draft_model: str | os.PathLike[str] | None = None,
+        spec_draft_type_k: int | str | None = None,
+        spec_draft_type_v: int | str | None = None,
         spec_adaptive: bool | None = None,
-        spec_checkpoints: int | None = None,
-        spec_allow_untested: bool | None = None,
-        spec_prefill_window: int | None = None,
         **stock: Any,
     ) -> None:
         self._plan: Plan | None = None
         self._fields_set = 0
         self._spec_memory: dict[tuple[str, str], int] = {}  # (context and part, device)
-        for name in stock:  # the stock class swallows what it does not know
-            if name.startswith("spec_") and name not in _STOCK_INIT.parameters:
-                raise TypeError(f"Llama got an unexpected keyword argument {name!r}.")
+        # The stock class swallows what it does not know.
+        others = {k for k in stock if k.startswith("spec_")} - set(_STOCK_INIT.parameters)
         self._options = read_options(
-            spec_type,
-            spec_draft_n_max,
-            spec_draft_n_min,
-            spec_draft_p_min,
-            spec_draft_type_k,
-            spec_draft_type_v,
-            spec_adaptive,
-            spec_checkpoints,
-            spec_draft_model,
-            spec_allow_untested,
-            spec_depth,
-            spec_prefill_window,
+            spec_type=spec_type,
+            spec_draft_n_max=spec_draft_n_max,
+            spec_draft_p_min=spec_draft_p_min,
+            spec_draft_model=spec_draft_model,
+            spec_draft_type_k=spec_draft_type_k,
+            spec_draft_type_v=spec_draft_type_v,
+            spec_adaptive=spec_adaptive,
+            **{name: stock[name] for name in others},
         )
         self._wants_all_rows = bool(stock.get("logits_all"))
         self._plan = make_plan(model_path, self._options, stock)
@@ -265,21 +256,7 @@ class Llama(Completion, GeneratingLlama):
         super().set_cache(cache)
 
     def __getstate__(self) -> dict[str, Any]:
-        options = self._options
-        return {
-            **super().__getstate__(),
-            "spec_type": options.spec_type,
-            "spec_draft_n_max": options.n_max,
-            "spec_draft_n_min": options.n_min,
-            "spec_draft_p_min": options.p_min,
-            "spec_draft_model": options.draft_model,
-            "spec_draft_type_k": options.type_k,
-            "spec_draft_type_v": options.type_v,
-            "spec_adaptive": options.adaptive,
-            "spec_checkpoints": options.checkpoints,
-            "spec_allow_untested": options.allow_untested,
-            "spec_prefill_window": options.prefill_window,
-        }
+        return {**super().__getstate__(), **self._options.keywords()}
 
     # ---- lifetime: session, target context, model
 

@@ -13,11 +13,10 @@ from typing import Any
 import models
 import numpy as np
 import pytest
-from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
+from conftest import LlamaFactory, ModelFactory, StockFactory
 
-from llama_mtp import Llama, host
+from llama_mtp import host
 from llama_mtp.engine.native import lib
-from llama_mtp.errors import SpecTypeError
 from llama_mtp.host import logits_row
 from llama_mtp.measure.identity import fresh_text, text
 
@@ -175,10 +174,16 @@ def test_a_head_that_reads_hidden_rows_gets_the_right_ones(
 
 
 def test_a_changed_last_turn_is_read_from_the_turn_before(
-    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, decoded: Any
+    model: ModelFactory,
+    stock: StockFactory,
+    ours: LlamaFactory,
+    decoded: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     m = model("qwen35", state_scale=1.0)
-    plain, fast, without = stock(m), ours(m), ours(m, spec_checkpoints=0)
+    plain, fast = stock(m), ours(m)
+    monkeypatch.setenv("LLAMA_ARG_CTX_CHECKPOINTS", "0")
+    without = ours(m)
     before = conversation(fast, m, 4)
     assert conversation(without, m, 4) == before
     turn = [*before, *fast.input_ids[len(before) : fast.n_tokens].tolist(), *m.text(40, 70)]
@@ -371,9 +376,12 @@ def test_left_in_the_middle_of_a_round(
     assert restored(fast) == 0  # each prompt is new from 50 on
 
 
-def test_random_turns(model: ModelFactory, stock: StockFactory, ours: LlamaFactory) -> None:
+def test_random_turns(
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     m = model("qwen35", state_scale=1.0)
-    plain, fast = stock(m), ours(m, spec_checkpoints=3)
+    monkeypatch.setenv("LLAMA_ARG_CTX_CHECKPOINTS", "3")
+    plain, fast = stock(m), ours(m)
     rng = np.random.default_rng(4)
     past: list[list[int]] = [m.text(50)]
     for step in range(60):
@@ -391,9 +399,12 @@ def test_random_turns(model: ModelFactory, stock: StockFactory, ours: LlamaFacto
 # ---- checkpoints: bounds and options
 
 
-def test_at_most_so_many(model: ModelFactory, ours: LlamaFactory) -> None:
+def test_at_most_so_many(
+    model: ModelFactory, ours: LlamaFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     m = model("qwen35")
-    fast = ours(m, spec_checkpoints=2)
+    monkeypatch.setenv("LLAMA_ARG_CTX_CHECKPOINTS", "2")
+    fast = ours(m)
     text(fast, m.text(60), 1, **GREEDY)
     one = fast.spec_memory()["checkpoints"]
     conversation(fast, m, 5)
@@ -421,20 +432,6 @@ def test_attention_needs_none(model: ModelFactory, ours: LlamaFactory, arch: str
     assert "checkpoints" not in fast.spec_memory()
 
 
-def test_option_and_environment(model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = str(model("qwen35").path)
-    with Llama(path, **COMMON) as fast:
-        assert fast._session.setup.n_checkpoints == 4
-    monkeypatch.setenv("LLAMA_ARG_CTX_CHECKPOINTS", "2")
-    with Llama(path, **COMMON) as fast:
-        assert fast._session.setup.n_checkpoints == 2
-        assert fast.__getstate__()["spec_checkpoints"] == 2
-    with Llama(path, spec_checkpoints=0, **COMMON) as fast:
-        assert fast._session.setup.n_checkpoints == 0
-    with pytest.raises(SpecTypeError, match="spec_checkpoints"):
-        Llama(path, spec_checkpoints=-1, **COMMON)
-
-
 # ---- the draft's side: a cut below what it has read, and a window on what it reads
 
 
@@ -456,10 +453,14 @@ def test_the_token_before_a_cut_is_read_again_for_the_draft(
 
 
 def test_a_prefill_window_spares_the_draft_the_prompt(
-    model: ModelFactory, stock: StockFactory, ours: LlamaFactory
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     m = model("hy_v3", head="hidden")
-    plain, fast, all_ = stock(m), ours(m, spec_prefill_window=32), ours(m, spec_prefill_window=0)
+    plain = stock(m)
+    monkeypatch.setenv("LLAMA_MTP_PREFILL_WINDOW", "32")
+    fast = ours(m)
+    monkeypatch.setenv("LLAMA_MTP_PREFILL_WINDOW", "0")
+    all_ = ours(m)
     prompt = m.text(300)
     expected = fresh_text(plain, prompt, 60, **SAMPLED)
     assert text(fast, prompt, 60, **SAMPLED) == text(all_, prompt, 60, **SAMPLED) == expected
@@ -474,7 +475,8 @@ def test_the_host_keeps_no_hidden_rows_of_what_the_draft_will_not_read(
     model: ModelFactory, ours: LlamaFactory, arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches wholly before the window cost what they cost in stock; the rest has its rows."""
-    fast = ours(model(arch), spec_prefill_window=32, n_batch=64, n_ubatch=64)
+    monkeypatch.setenv("LLAMA_MTP_PREFILL_WINDOW", "32")
+    fast = ours(model(arch), n_batch=64, n_ubatch=64)
     session, kept = fast._session, []
     capture = session.capture
 
@@ -487,18 +489,3 @@ def test_the_host_keeps_no_hidden_rows_of_what_the_draft_will_not_read(
     assert [end for end, rows in kept if rows] == [end for end, _ in kept if end > 300 - 33]
     assert any(not rows for _, rows in kept)
     assert fast.spec_stats.last.num_accepted_tokens > 5
-
-
-def test_prefill_window_and_environment(
-    model: ModelFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = str(model("hy_v3").path)
-    with Llama(path, **COMMON) as fast:
-        assert fast.__getstate__()["spec_prefill_window"] == 128
-    monkeypatch.setenv("LLAMA_MTP_PREFILL_WINDOW", "64")
-    with Llama(path, **COMMON) as fast:
-        assert fast.__getstate__()["spec_prefill_window"] == 64
-    with Llama(path, spec_prefill_window=9, **COMMON) as fast:
-        assert fast.__getstate__()["spec_prefill_window"] == 9
-    with pytest.raises(SpecTypeError, match="spec_prefill_window"):
-        Llama(path, spec_prefill_window=-1, **COMMON)

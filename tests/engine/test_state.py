@@ -261,7 +261,7 @@ def test_other_draft_settings_start_the_draft_empty(
     context = begin(fast, m, 5)
     state = fast.save_state()
     truth = fresh_text(plain, context, 30, **SAMPLED)
-    for options in ({"spec_draft_type_k": 0, "spec_draft_type_v": 0}, {"n_batch": 16}):
+    for options in ({"spec_draft_type_k": "f16", "spec_draft_type_v": "f16"}, {"n_batch": 16}):
         other = ours(m, **options)
         other.load_state(state)
         assert text(other, context, 30, **SAMPLED) == truth

@@ -397,10 +397,14 @@ def test_it_draws_a_picture(model: ModelFactory, tmp_path: Path) -> None:
 # --- a prompt, and new objects --------------------------------------------------------------------
 
 
-def test_the_catch_up_is_what_the_first_draft_takes_for_the_prompt(model: ModelFactory) -> None:
+def test_the_catch_up_is_what_the_first_draft_takes_for_the_prompt(
+    model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     catch_ups, prompts = {}, {}
     for window in (None, 8):
-        options = {**COMMON, "spec_draft_n_max": 1, "spec_prefill_window": window}
+        if window is not None:
+            monkeypatch.setenv("LLAMA_MTP_PREFILL_WINDOW", str(window))
+        options = {**COMMON, "spec_draft_n_max": 1}
         with open_pair(model("hy_v3").path, **options) as (plain, mtp, _):
             found = Course(plain, mtp, ["qa_factual"], [0.0], (1,), 24, 5).time_prompt()
         assert found.n_tokens == 480
@@ -541,23 +545,8 @@ def test_a_constant_depth_leaves_the_policy_as_it_was(
     assert fast._session.policy is policy
 
 
-def test_spec_depth_names_what_spec_adaptive_switches(model: ModelFactory) -> None:
+def test_without_a_spec_type_there_is_no_depth_to_keep(model: ModelFactory) -> None:
     path = str(model("hy_v3").path)
-    cases: tuple[tuple[dict[str, Any], bool], ...] = (
-        ({}, True),
-        ({"spec_depth": "adaptive"}, True),
-        ({"spec_depth": "fixed"}, False),
-        ({"spec_adaptive": False}, False),
-        ({"spec_depth": "fixed", "spec_adaptive": False}, False),
-    )
-    for own, adaptive in cases:
-        with llama_mtp.Llama(path, spec_type="draft-mtp", **COMMON, **own) as fast:
-            assert fast._session is not None
-            assert fast._session.policy.adaptive == adaptive
-    contradiction: dict[str, Any] = {"spec_depth": "fixed", "spec_adaptive": True}
-    for wrong in ({"spec_depth": "deep"}, contradiction):
-        with pytest.raises(SpecTypeError, match="spec_depth"):
-            llama_mtp.Llama(path, **COMMON, **wrong)
     with (
         llama_mtp.Llama(path, spec_type="none", **COMMON) as plain,
         pytest.raises(SpecTypeError, match="No spec type"),

@@ -85,7 +85,9 @@ def compare_vocabularies(
     return None if status == lib.MTP_OK else ffi.string(text).decode("utf-8", "replace")
 
 
-def open_session(addresses: Mapping[str, int], layout: dict[str, int], params: dict[str, Any]) -> Any:
+def open_session(
+    addresses: Mapping[str, int], layout: dict[str, int], params: dict[str, Any]
+) -> Any:
     """Open a native session; its owner closes it with ``mtp_session_close``."""
     out, text = ffi.new("mtp_session **"), ffi.new("char[256]")
     status = lib.mtp_session_open(

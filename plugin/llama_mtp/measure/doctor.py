@@ -210,7 +210,7 @@ def _environment() -> str:
     from ..registry import RESERVED, resolve
     from ..settings import read_options
 
-    options = read_options(None, None, None, None, None, None, True)
+    options = read_options()
     if options.spec_type not in RESERVED:
         resolve(options.spec_type)
     found = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)]

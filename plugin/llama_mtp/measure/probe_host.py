@@ -127,6 +127,7 @@ def _answer(path: str, n_ctx: int, depth: int, options: dict[str, Any]) -> dict[
     from ..llama import Llama
 
     simulate_loading(host.C)
+    os.environ["LLAMA_MTP_ALLOW_UNTESTED"] = "1"  # the host is asked, not our table
     stock = {k: v for k, v in options.items() if not k.startswith("spec_")}
     # The log is what we are here for.
     common: dict[str, Any] = {"n_ctx": n_ctx, "verbose": True}

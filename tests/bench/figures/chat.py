@@ -15,6 +15,7 @@ Stock, ours without and with checkpoints; one thread, constant depth 3, greedy. 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -98,11 +99,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         model = models.build(Path(name) / "chat.gguf", "qwen35", head=arguments.head)
         for kind in ("appended", "template", "edited"):
-            chats = {
-                "stock": Chat(model, spec_type="none"),
-                "ours, none": Chat(model, spec_type="draft-mtp", spec_checkpoints=0),
-                "ours, 4": Chat(model, spec_type="draft-mtp"),
-            }
+            chats = {"stock": Chat(model, spec_type="none")}
+            for name, checkpoints in (("ours, none", "0"), ("ours, 4", "4")):
+                os.environ["LLAMA_ARG_CTX_CHECKPOINTS"] = checkpoints
+                chats[name] = Chat(model, spec_type="draft-mtp")
             texts = [chat(model, kind, c) for c in chats.values()]
             table = Table(
                 title=f"{kind}: prompt tokens evaluated in each turn, same texts: "

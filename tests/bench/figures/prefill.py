@@ -155,13 +155,13 @@ def main() -> None:
             table.add_column(column, justify="right")
         reference: list[list[int]] | None = None
         for window in a.windows:
+            os.environ["LLAMA_MTP_PREFILL_WINDOW"] = str(window)
             with closing(
                 Llama(
                     str(a.model),
                     spec_type="draft-mtp",
                     spec_draft_n_max=DEPTH,
                     spec_adaptive=False,
-                    spec_prefill_window=window,
                     **options,
                 )
             ) as ours:
