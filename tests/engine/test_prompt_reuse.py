@@ -13,15 +13,13 @@ import models
 import numpy as np
 import pytest
 from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
+from sampling import GREEDY, SAMPLED
 
 from llama_mtp import Llama
 from llama_mtp.engine.checkpoints import MIN_STEP, TAIL, Checkpoints
 from llama_mtp.errors import SpecTypeError
 from llama_mtp.host import C, logits_row
 from llama_mtp.measure.identity import fresh_text, text
-
-GREEDY: dict[str, Any] = {"temp": 0.0}
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
 
 @pytest.fixture
