@@ -14,14 +14,12 @@ import models
 import numpy as np
 import pytest
 from conftest import LlamaFactory, ModelFactory, StockFactory
+from sampling import GREEDY, SAMPLED
 
 from llama_mtp import host
 from llama_mtp.engine.native import lib
 from llama_mtp.host import logits_row
 from llama_mtp.measure.identity import fresh_text, text
-
-GREEDY: dict[str, Any] = {"temp": 0.0}
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
 TAIL: int = lib.MTP_CHECKPOINT_TAIL
 MIN_STEP = 32  # native/src/checkpoints.hpp: least distance of two checkpoints

@@ -15,16 +15,13 @@ import models
 import numpy as np
 import pytest
 from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
-from test_acceptance import assert_acceptance
+from sampling import GREEDY, SAMPLED
 
 from llama_mtp import StateError
 from llama_mtp.engine.generation import Generation
 from llama_mtp.engine.native import ffi, lib
 from llama_mtp.host import address_of_sampler
 from llama_mtp.measure.identity import fresh_text, text
-
-GREEDY: dict[str, Any] = {"temp": 0.0}
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
 ROWS = range(1, 10)  # tokens after the prompt: at depth 3, every row of more than one round
 PROMPT = 20
@@ -108,7 +105,7 @@ def test_acceptance_goes_on_as_if_nothing_had_happened(
             assert emitted == undisturbed
             stats = target.spec_stats.last
             assert snapshot(stats) == truth
-            expected = assert_acceptance(stats, m, context, emitted, 3)
+            expected = models.assert_acceptance(stats, m, context, emitted, 3)
             if head == "hidden":
                 assert {accepted for _, _, accepted in expected.rounds[:-1]} == {3}
             assert target._session.counters()["n_draft_restarts"] == restarts
@@ -172,7 +169,7 @@ def test_a_stock_state_loads_and_drafts(
         fast.load_state(state)
         emitted = text(fast, context, 60, **GREEDY)
         assert emitted == truth
-        assert_acceptance(fast.spec_stats.last, m, context, emitted, 3)
+        models.assert_acceptance(fast.spec_stats.last, m, context, emitted, 3)
 
 
 def test_a_state_needs_nothing_of_this_package(

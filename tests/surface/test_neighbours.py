@@ -13,13 +13,12 @@ import models
 import numpy as np
 import pytest
 from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
+from sampling import GREEDY, SAMPLED
 
 from llama_mtp import Llama, SpecTypeError
 from llama_mtp.host import DRAFT_UBATCH
 from llama_mtp.measure.identity import check_identity, clear, fresh_text, text
 
-GREEDY: dict[str, Any] = {"temp": 0.0}
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 F16, Q8_0, BF16 = 1, 8, 30  # enum ggml_type
 YARN = 2  # enum llama_rope_scaling_type
 
