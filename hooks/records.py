@@ -35,12 +35,12 @@ class SpecSettings:
 
 @dataclass(frozen=True, eq=False)
 class DraftRequest:
-    """The question of one round: what comes after these tokens?
+    """What a round asks a drafter: which tokens may follow these?
 
     Attributes:
         tokens: int32, shape (n,), read-only: the whole context, the last emitted token included.
             A view that is valid during the call only; copy what must be kept.
-        n_max: most tokens that can be used in this round, at least 1.
+        n_max: most tokens that this round can use, at least 1.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -78,12 +78,12 @@ class Verdict:
 
 
 class Drafter(Protocol):
-    """Proposes tokens. One object serves one `Llama`, from one thread at a time."""
+    """A source of drafts. One object serves one `Llama`, from one thread at a time."""
 
     def draft(self, request: DraftRequest) -> Draft:
         """Propose up to ``request.n_max`` tokens that may follow ``request.tokens``.
 
-        Called once per round. It may be wrong at no cost but time: the target decides.
+        Called once per round. A wrong draft costs time, never the text: the target decides.
         """
         ...
 
