@@ -170,12 +170,11 @@ void mtp_session::next(void * sampler, int32_t last, int32_t pos, const mtp_rule
     require(drafts == nullptr || std::all_of(drafts, drafts + n_drafts,
                                              [&](int32_t t) { return t >= 0 && t < params.n_vocab; }),
             "a draft token is outside the vocabulary");
+    require(rule == nullptr || (rule->depth >= 0 && rule->depth <= MTP_MAX_DEPTH), "depth must be 0 to MTP_MAX_DEPTH");
+    require(rule == nullptr || rule->window >= 0, "window must not be negative; 0 leaves it as wide as prefill_window");
     const bool new_round = drafts != nullptr || target.rows_left() == 0;
     if (new_round) {
         require(last >= 0 && last < params.n_vocab, "the last token is outside the vocabulary");
-        require(rule == nullptr || (rule->depth >= 0 && rule->depth <= MTP_MAX_DEPTH), "depth must be 0 to MTP_MAX_DEPTH");
-        require(rule == nullptr || rule->window >= 0,
-                "window must not be negative; 0 leaves it as wide as prefill_window");
         begin_round(pos);
         round_draft_ns_     = 0;
         mtp::picks    picks = propose(last, pos, rule, drafts, n_drafts);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <iterator>
 #include <stdexcept>
 
 namespace fake {
@@ -213,32 +214,42 @@ std::vector<int32_t> host::plain_text(const std::vector<int32_t> & prompt, int32
     return text;
 }
 
-mtp_host_api host::api() {
-    return { address(decode),
-             address(synchronize),
-             address(get_memory),
-             address(memory_clear),
-             address(seq_rm),
-             address(seq_pos_max),
-             address(get_logits_ith),
-             address(sampler_sample),
-             address(chain_default_params),
-             address(chain_init),
-             address(chain_add),
-             address(init_greedy),
-             address(sampler_free),
-             address(set_sampler),
-             address(get_sampled_token_ith),
-             address(set_embeddings_nextn),
-             address(get_embeddings_nextn),
-             address(get_embeddings_nextn_ith),
-             address(set_nextn_layer_offset),
-             address(vocab_n_tokens),
-             address(vocab_get_text),
-             address(vocab_get_attr),
-             address(state_seq_get_size),
-             address(state_seq_get_data),
-             address(state_seq_set_data) };
+std::vector<void *> host::functions() {
+    const std::map<std::string, void *> known = {
+        { "llama_decode", address(decode) },
+        { "llama_synchronize", address(synchronize) },
+        { "llama_get_memory", address(get_memory) },
+        { "llama_memory_clear", address(memory_clear) },
+        { "llama_memory_seq_rm", address(seq_rm) },
+        { "llama_memory_seq_pos_min", address(seq_pos_min) },
+        { "llama_memory_seq_pos_max", address(seq_pos_max) },
+        { "llama_get_logits_ith", address(get_logits_ith) },
+        { "llama_sampler_sample", address(sampler_sample) },
+        { "llama_sampler_chain_default_params", address(chain_default_params) },
+        { "llama_sampler_chain_init", address(chain_init) },
+        { "llama_sampler_chain_add", address(chain_add) },
+        { "llama_sampler_init_greedy", address(init_greedy) },
+        { "llama_sampler_free", address(sampler_free) },
+        { "llama_set_sampler", address(set_sampler) },
+        { "llama_get_sampled_token_ith", address(get_sampled_token_ith) },
+        { "llama_set_embeddings_nextn", address(set_embeddings_nextn) },
+        { "llama_get_embeddings_nextn", address(get_embeddings_nextn) },
+        { "llama_get_embeddings_nextn_ith", address(get_embeddings_nextn_ith) },
+        { "llama_set_nextn_layer_offset", address(set_nextn_layer_offset) },
+        { "llama_vocab_n_tokens", address(vocab_n_tokens) },
+        { "llama_vocab_get_text", address(vocab_get_text) },
+        { "llama_vocab_get_attr", address(vocab_get_attr) },
+        { "llama_state_seq_get_size_ext", address(state_seq_get_size) },
+        { "llama_state_seq_get_data_ext", address(state_seq_get_data) },
+        { "llama_state_seq_set_data_ext", address(state_seq_set_data) },
+    };
+    std::vector<void *> all;
+    while (const char * name = mtp_host_function(static_cast<int32_t>(all.size()))) {
+        CHECK(known.count(name) == 1);
+        all.push_back(known.at(name));
+    }
+    CHECK(all.size() == known.size());
+    return all;
 }
 
 mtp_host_layout host::layout() {
@@ -264,7 +275,9 @@ mtp_session_params host::params() {
     p.gathers     = opt.gathers ? 1 : 0;
     p.gaps        = opt.gaps ? 1 : 0;
     p.confidence  = opt.confidence ? 1 : 0;
-    p.n_draft_min = opt.n_draft_min;
+    const float bounds[] = { 0.2f, 0.35f, 0.5f, 0.65f, 0.8f, 0.9f, 0.96f };
+    std::copy(std::begin(bounds), std::end(bounds), p.class_bounds);
+    p.n_checkpoints = opt.n_checkpoints;
     p.drafting    = opt.shares_kv ? MTP_DRAFTING_SHARED_KV
                     : opt.n_heads > 1 ? MTP_DRAFTING_CHAINED
                                       : MTP_DRAFTING_ONE_HEAD;
@@ -280,12 +293,12 @@ mtp_session_params host::params() {
 }
 
 mtp_session * host::open() {
-    const auto    a = api();
+    const auto    f = functions();
     const auto    l = layout();
     const auto    p = params();
     mtp_session * s = nullptr;
     char          text[256];
-    CHECK(mtp_session_open(&a, &l, &p, &s, text, sizeof text) == MTP_OK);
+    CHECK(mtp_session_open(f.data(), static_cast<int32_t>(f.size()), &l, &p, &s, text, sizeof text) == MTP_OK);
     session = s;
     return s;
 }

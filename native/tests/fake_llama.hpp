@@ -28,6 +28,7 @@ int32_t decode(void * ctx, batch b);
 void *  get_memory(const void * ctx);
 void    memory_clear(void * memory, bool);
 bool    seq_rm(void * memory, int32_t seq, int32_t p0, int32_t p1);
+int32_t seq_pos_min(void * memory, int32_t);
 int32_t seq_pos_max(void * memory, int32_t);
 size_t  state_seq_get_size(void * ctx, int32_t seq, uint32_t flags);
 size_t  state_seq_get_data(void * ctx, uint8_t * data, size_t n, int32_t seq, uint32_t flags);

@@ -117,11 +117,28 @@ int32_t decode_shared(context & d, batch b) {
     return 0;
 }
 
+// Has a recurrent part, with snapshots or without.
+bool is_recurrent(const context & c) {
+    return is_target(c) && (current->opt.recurrent || current->opt.checkpoint);
+}
+
+bool slides(const context & c) {
+    return is_target(c) && current->opt.n_swa > 0;
+}
+
 // The recurrent part as bytes: its tokens behind a mark.
 constexpr size_t  word = sizeof(int32_t);
 constexpr int32_t mark = 0x5747;
 
 }  // namespace
+
+void context::clear() {
+    tokens.clear();
+    own.clear();
+    state.clear();
+    start = first = undo = 0;
+    poisoned = spent = false;
+}
 
 int32_t decode(void * ctx, batch b) {
     context & c = of(ctx);
@@ -143,10 +160,12 @@ int32_t decode(void * ctx, batch b) {
     if (c.end() + b.n_tokens > current->opt.n_ctx) {
         return 1;
     }
-    const bool two_parts = is_target(c) && current->opt.checkpoint;
-    if (two_parts) {
+    if (is_recurrent(c)) {
         // The real host goes on where the shorter part ends, and the other part is garbage from there.
         c.poisoned = c.poisoned || c.state != c.tokens;
+    }
+    if (slides(c)) {
+        c.poisoned = c.poisoned || c.first > std::max(0, c.end() - current->opt.n_swa);
     }
     c.outputs.assign(b.n_tokens, false);
     c.batch_pos.assign(b.pos, b.pos + b.n_tokens);
@@ -181,7 +200,7 @@ int32_t decode(void * ctx, batch b) {
             !is_target(c) && check_draft_row(c, token, b.embd + static_cast<size_t>(i) * n_embd, b.pos[i]);
         c.tokens.push_back(token);
         c.own.push_back(own);
-        if (two_parts) {
+        if (is_recurrent(c)) {
             c.state.push_back(token);
         }
         c.outputs[i] = b.logits[i] != 0;
@@ -198,6 +217,9 @@ int32_t decode(void * ctx, batch b) {
     const int32_t tail = 1 + (b.n_tokens - 1) % current->opt.n_ubatch;  // the rows of the last ubatch
     c.undo             = std::min(current->opt.n_rs_seq, tail - 1);
     c.spent            = false;
+    if (slides(c)) {  // the cache of a window has room for one more ubatch
+        c.first = std::max(c.first, c.end() - current->opt.n_swa - current->opt.n_ubatch);
+    }
     ++c.n_decodes;
     c.n_rows += b.n_tokens;
     return late ? -3 : 0;
@@ -210,13 +232,7 @@ void * get_memory(const void * ctx) {
 void memory_clear(void * memory, bool) {
     context & c = of(memory);
     CHECK(is_target(c) || !current->opt.shares_kv);  // would wipe the target's cells
-    c.tokens.clear();
-    c.own.clear();
-    c.state.clear();
-    c.start    = 0;
-    c.poisoned = false;
-    c.undo     = 0;
-    c.spent    = false;
+    c.clear();
 }
 
 bool seq_rm(void * memory, int32_t seq, int32_t p0, int32_t p1) {
@@ -233,14 +249,15 @@ bool seq_rm(void * memory, int32_t seq, int32_t p0, int32_t p1) {
     if (is_target(c) && current->opt.checkpoint && p0 > 0 && p0 < static_cast<int32_t>(c.state.size())) {
         return false;  // the recurrent part, which is asked first
     }
-    if (is_target(c) && current->opt.recurrent && p0 > 0) {
-        const int32_t back = c.end() - p0;
+    const int32_t back = static_cast<int32_t>(c.state.size()) - p0;  // of the recurrent part
+    if (is_target(c) && current->opt.recurrent && p0 > 0 && back > 0) {
         if (back > current->opt.n_rs_seq || c.spent) {
             return false;
         }
         c.poisoned = c.poisoned || back > c.undo;  // true, with stale content
         c.undo     = 0;
         c.spent    = true;
+        c.state.resize(keep);
     }
     c.tokens.resize(keep);
     c.own.resize(keep);
@@ -250,21 +267,25 @@ bool seq_rm(void * memory, int32_t seq, int32_t p0, int32_t p1) {
     return true;
 }
 
+int32_t seq_pos_min(void * memory, int32_t) {
+    const context & c = of(memory);
+    return c.tokens.empty() ? -1 : std::max(c.start, c.first);
+}
+
 int32_t seq_pos_max(void * memory, int32_t) {
     const context & c = of(memory);
-    const bool two_parts = is_target(c) && current->opt.checkpoint;
-    return (two_parts ? std::min(c.end(), static_cast<int32_t>(c.state.size())) : c.end()) - 1;
+    return (is_recurrent(c) ? std::min(c.end(), static_cast<int32_t>(c.state.size())) : c.end()) - 1;
 }
 
 size_t state_seq_get_size(void * ctx, int32_t seq, uint32_t flags) {
     context & c = of(ctx);
-    CHECK(seq == 0 && flags == 1 && is_target(c) && current->opt.checkpoint);
+    CHECK(seq == 0 && flags == 1 && is_recurrent(c));
     return current->fails("state size") ? 0 : (1 + c.state.size()) * word;
 }
 
 size_t state_seq_get_data(void * ctx, uint8_t * data, size_t n, int32_t seq, uint32_t flags) {
     context & c = of(ctx);
-    CHECK(seq == 0 && flags == 1 && is_target(c) && n == (1 + c.state.size()) * word);
+    CHECK(seq == 0 && flags == 1 && is_recurrent(c) && n == (1 + c.state.size()) * word);
     if (current->fails("state save")) {
         return 0;
     }
@@ -276,12 +297,14 @@ size_t state_seq_get_data(void * ctx, uint8_t * data, size_t n, int32_t seq, uin
 
 size_t state_seq_set_data(void * ctx, const uint8_t * data, size_t n, int32_t seq, uint32_t flags) {
     context & c = of(ctx);
-    CHECK(seq == 0 && flags == 1 && is_target(c) && std::memcmp(data, &mark, word) == 0);
+    CHECK(seq == 0 && flags == 1 && is_recurrent(c) && std::memcmp(data, &mark, word) == 0);
     c.state.clear();
     if (current->fails("state load")) {
         return 0;
     }
     ++current->n_loads;
+    c.undo  = 0;  // no snapshots are behind it
+    c.spent = true;
     c.state.resize(n / word - 1);
     std::memcpy(c.state.data(), data + word, n - word);
     return n;

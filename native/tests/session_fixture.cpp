@@ -13,10 +13,35 @@ std::vector<int32_t> prompt_of(int32_t n, uint32_t seed) {
     return prompt;
 }
 
+mtp_rule constant_rule(int32_t depth, float p_min) {
+    mtp_rule rule{};
+    rule.depth = depth;
+    rule.p_min = p_min;
+    return rule;  // no price, and go[k] = 0 is always reached
+}
+
 const mtp_rule * rule_of(int32_t depth, float p_min) {
     thread_local mtp_rule rule;
-    rule = mtp::constant_rule(depth, p_min);
+    rule = constant_rule(depth, p_min);
     return &rule;
+}
+
+int next(mtp_session * s, int32_t last, int32_t pos, const mtp_rule * rule, mtp_step & step) {
+    return mtp_next(s, sampler, last, pos, rule, nullptr, 0, &step);
+}
+
+int next(mtp_session * s, int32_t last, int32_t pos, const mtp_rule * rule, const std::vector<int32_t> & drafts,
+         mtp_step & step) {
+    static const int32_t none = 0;  // an empty vector has no address
+    const auto *         data = drafts.empty() ? &none : drafts.data();
+    return mtp_next(s, sampler, last, pos, rule, data, static_cast<int32_t>(drafts.size()), &step);
+}
+
+int32_t reuse(mtp_session * s, const std::vector<int32_t> & text, const std::vector<int32_t> & prompt) {
+    int32_t kept = -1;
+    CHECK(mtp_reuse(s, text.data(), static_cast<int32_t>(text.size()), prompt.data(),
+                    static_cast<int32_t>(prompt.size()), &kept) == MTP_OK);
+    return kept;
 }
 
 std::vector<options> kinds() {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "fake_host.hpp"
-#include "rule.hpp"
 #include "test.hpp"
 
 #include <vector>
@@ -16,12 +15,23 @@ inline void * const sampler = reinterpret_cast<void *>(8);  // the fake host onl
 
 std::vector<int32_t> prompt_of(int32_t n, uint32_t seed = 1);
 
-// The rule that drafts and verifies `depth` tokens; valid until the thread asks for the next one.
-const mtp_rule * rule_of(int32_t depth, float p_min);
+// Drafts and verifies depth tokens, whatever they promise.
+mtp_rule constant_rule(int32_t depth, float p_min);
+// The same; valid until the thread asks for the next one.
+const mtp_rule * rule_of(int32_t depth, float p_min = 0);
+
+// next() with drafts of the session's own source.
+int next(mtp_session * s, int32_t last, int32_t pos, const mtp_rule * rule, mtp_step & step);
+// next() with these drafts in their place.
+int next(mtp_session * s, int32_t last, int32_t pos, const mtp_rule * rule, const std::vector<int32_t> & drafts,
+         mtp_step & step);
 
 // One host of every kind: rollback, hidden rows, confidence, heads, vocabularies.
 std::vector<options> kinds();
 options              with_checkpoint();
+
+// mtp_reuse for a caller whose text is `text`: how many tokens of the prompt are kept.
+int32_t reuse(mtp_session * s, const std::vector<int32_t> & text, const std::vector<int32_t> & prompt);
 
 // A generation in the way of the Python package: the text by position, one next() per token.
 struct generation {
@@ -42,7 +52,7 @@ struct generation {
 
     int try_next(float p_min = 0.0f) {
         const int32_t pos    = static_cast<int32_t>(text.size()) - 1;
-        const int     status = mtp_next(s, sampler, text.back(), pos, rule != nullptr ? rule : rule_of(depth, p_min), &step);
+        const int     status = next(s, text.back(), pos, rule != nullptr ? rule : rule_of(depth, p_min), step);
         if (status == MTP_OK) {
             text.push_back(step.token);
         }

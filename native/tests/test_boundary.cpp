@@ -6,6 +6,13 @@
 
 using namespace fixture;
 
+static int open(const mtp_session_params & p, mtp_session *& s) {
+    const auto f = host::functions();
+    const auto l = host::layout();
+    char       text[64];
+    return mtp_session_open(f.data(), static_cast<int32_t>(f.size()), &l, &p, &s, text, sizeof text);
+}
+
 TEST(opening_can_fail_and_leaks_nothing) {
     const char * names[] = { "get_memory", "chain_init", "init_greedy", "set_sampler" };
     for (const char * name : names) {
@@ -14,12 +21,9 @@ TEST(opening_can_fail_and_leaks_nothing) {
                 host h(options{});
                 h.throws        = throws;
                 h.fail_in[name] = nth;
-                const auto    a = host::api();
-                const auto    l = host::layout();
                 const auto    p = h.params();
                 mtp_session * s = nullptr;
-                char          text[64];
-                const int     status = mtp_session_open(&a, &l, &p, &s, text, sizeof text);
+                const int     status = open(p, s);
                 CHECK((status == MTP_OK) == (s != nullptr));
                 h.fail_in.clear();
                 mtp_session_close(s, 1);
@@ -37,24 +41,32 @@ TEST(opening_can_fail_and_leaks_nothing) {
 
 TEST(bad_arguments_are_refused_and_change_nothing) {
     host       h(options{});
-    const auto a = host::api();
+    const auto f = host::functions();
+    const auto n_f = static_cast<int32_t>(f.size());
     const auto l = host::layout();
     const auto p = h.params();
     mtp_session * s = nullptr;
     char          text[128];
-    CHECK(mtp_session_open(nullptr, &l, &p, &s, text, sizeof text) == MTP_INVALID);
-    CHECK(mtp_session_open(&a, nullptr, &p, &s, text, sizeof text) == MTP_INVALID);
-    CHECK(mtp_session_open(&a, &l, nullptr, &s, text, sizeof text) == MTP_INVALID);
-    CHECK(mtp_session_open(&a, &l, &p, nullptr, nullptr, 0) == MTP_INVALID);
+    CHECK(mtp_session_open(nullptr, n_f, &l, &p, &s, text, sizeof text) == MTP_INVALID);
+    CHECK(mtp_session_open(f.data(), n_f, nullptr, &p, &s, text, sizeof text) == MTP_INVALID);
+    CHECK(mtp_session_open(f.data(), n_f, &l, nullptr, &s, text, sizeof text) == MTP_INVALID);
+    CHECK(mtp_session_open(f.data(), n_f, &l, &p, nullptr, nullptr, 0) == MTP_INVALID);
+    for (int32_t n : { n_f - 1, n_f + 1, 0, -1 }) {
+        CHECK(mtp_session_open(f.data(), n, &l, &p, &s, text, sizeof text) == MTP_INVALID);
+        CHECK(s == nullptr);
+    }
     for (auto change : { +[](mtp_session_params & q) { q.target = nullptr; },
                          +[](mtp_session_params & q) { q.n_vocab = 0; }, +[](mtp_session_params & q) { q.n_ctx = -1; },
                          +[](mtp_session_params & q) { q.n_embd = 0; },
                          +[](mtp_session_params & q) { q.n_draft_max = q.n_batch; },
                          +[](mtp_session_params & q) { q.rollback = 7; },
+                         +[](mtp_session_params & q) { q.drafting = 3; },
+                         +[](mtp_session_params & q) { q.prefill_window = -1; },
+                         +[](mtp_session_params & q) { q.n_checkpoints = -1; },
                          +[](mtp_session_params & q) { q.rollback = MTP_ROLLBACK_SNAPSHOTS; q.n_rs_seq = 99; } }) {
         auto q = p;
         change(q);
-        CHECK(mtp_session_open(&a, &l, &q, &s, text, sizeof text) == MTP_INVALID);
+        CHECK(mtp_session_open(f.data(), n_f, &l, &q, &s, text, sizeof text) == MTP_INVALID);
         CHECK(s == nullptr);
         CHECK(text[0] != 0);
     }
@@ -70,19 +82,22 @@ TEST(bad_arguments_are_refused_and_change_nothing) {
         q.draft_tokens  = narrow.tokens.data();
         q.stand_ins     = narrow.stand_ins.data();
         change(q);
-        CHECK(mtp_session_open(&a, &l, &q, &s, text, sizeof text) == MTP_INVALID);
+        CHECK(mtp_session_open(f.data(), n_f, &l, &q, &s, text, sizeof text) == MTP_INVALID);
         CHECK(s == nullptr);
         CHECK(text[0] != 0);
     }
-    auto missing         = a;
-    missing.llama_decode = nullptr;
-    CHECK(mtp_session_open(&missing, &l, &p, &s, text, sizeof text) == MTP_INVALID);
+    for (int32_t i = 0; i < n_f; ++i) {
+        auto missing = f;
+        missing[i]   = nullptr;
+        CHECK(mtp_session_open(missing.data(), n_f, &l, &p, &s, text, sizeof text) == MTP_INVALID);
+        CHECK(std::string(text).find(mtp_host_function(i)) != std::string::npos);
+    }
     auto moved = l;
     moved.pos += 8;
-    CHECK(mtp_session_open(&a, &moved, &p, &s, text, sizeof text) == MTP_ABI);
+    CHECK(mtp_session_open(f.data(), n_f, &moved, &p, &s, text, sizeof text) == MTP_ABI);
     auto grown = l;
     grown.batch_size += 8;
-    CHECK(mtp_session_open(&a, &grown, &p, &s, text, sizeof text) == MTP_ABI);
+    CHECK(mtp_session_open(f.data(), n_f, &grown, &p, &s, text, sizeof text) == MTP_ABI);
 
     s = h.open();
     generation g(h, s, prompt_of(5), 3, 100);
@@ -90,30 +105,38 @@ TEST(bad_arguments_are_refused_and_change_nothing) {
     const int32_t end = mtp_n_past(s);
     mtp_step      step{};
     int32_t       token = 1, n = 0;
-    CHECK(mtp_next(s, nullptr, 1, end, rule_of(3, 0), &step) == MTP_INVALID);
-    CHECK(mtp_next(s, sampler, 1, end, rule_of(3, 0), nullptr) == MTP_INVALID);
-    CHECK(mtp_next(s, sampler, 1, end, rule_of(-1, 0), &step) == MTP_INVALID);
-    CHECK(mtp_next(s, sampler, 1, end + 5, rule_of(3, 0), &step) == MTP_INVALID);
+    CHECK(mtp_next(s, nullptr, 1, end, rule_of(3), nullptr, 0, &step) == MTP_INVALID);
+    CHECK(mtp_next(s, sampler, 1, end, rule_of(3), nullptr, 0, nullptr) == MTP_INVALID);
+    CHECK(mtp_next(s, sampler, 1, end, rule_of(3), nullptr, 1, &step) == MTP_INVALID);
+    CHECK(mtp_next(s, sampler, 1, end, rule_of(3), &token, -1, &step) == MTP_INVALID);
+    CHECK(next(s, 1, end, rule_of(-1, 0), step) == MTP_INVALID);
+    CHECK(next(s, 1, end + 5, rule_of(3, 0), step) == MTP_INVALID);
     CHECK(mtp_settle(s) == MTP_OK);
-    CHECK(mtp_next(s, sampler, -1, end, rule_of(3, 0), &step) == MTP_INVALID);
-    CHECK(mtp_next(s, sampler, fake::n_vocab, end, rule_of(3, 0), &step) == MTP_INVALID);
-    CHECK(mtp_draft(s, 1, end, 3, 0, nullptr, &n) == MTP_INVALID);
-    CHECK(mtp_draft(s, 1, end, 3, 0, &token, nullptr) == MTP_INVALID);
-    CHECK(mtp_verify(s, 1, end, nullptr, 1, 1) == MTP_INVALID);
-    token = fake::n_vocab;
-    CHECK(mtp_verify(s, 1, end, &token, 1, 1) == MTP_INVALID);
+    CHECK(next(s, -1, end, rule_of(3, 0), step) == MTP_INVALID);
+    CHECK(next(s, fake::n_vocab, end, rule_of(3, 0), step) == MTP_INVALID);
+    CHECK(next(s, 1, end, rule_of(MTP_MAX_DEPTH + 1), step) == MTP_INVALID);
+    CHECK(next(s, 1, end, rule_of(3), { 1, fake::n_vocab }, step) == MTP_INVALID);
+    CHECK(next(s, 1, end, rule_of(3), { -1 }, step) == MTP_INVALID);
     const std::vector<int32_t> many(9, 1);
-    CHECK(mtp_verify(s, 1, end, many.data(), 9, 9) == MTP_INVALID);
-    CHECK(mtp_sample(s, sampler, &step) == MTP_INVALID);
-    CHECK(mtp_sample(s, sampler, nullptr) == MTP_INVALID);
-    CHECK(mtp_commit(s, 1) == MTP_INVALID);
     CHECK(mtp_capture(s, nullptr, 1, 0) == MTP_INVALID);
     CHECK(mtp_capture(s, &token, 0, 0) == MTP_INVALID);
     CHECK(mtp_capture(s, many.data(), 9, -1) == MTP_INVALID);
     CHECK(mtp_truncate(s, -1) == MTP_INVALID);
     CHECK(mtp_truncate(s, end + 1) == MTP_INVALID);
     CHECK(mtp_forget(s, -1) == MTP_INVALID);
-    CHECK(mtp_align(s, nullptr, 3) == MTP_INVALID);
+    CHECK(mtp_begin(s, nullptr, 3) == MTP_INVALID);
+    CHECK(mtp_begin(s, &token, -1) == MTP_INVALID);
+    CHECK(mtp_reuse(s, nullptr, 3, &token, 1, &n) == MTP_INVALID);
+    CHECK(mtp_reuse(s, &token, -1, &token, 1, &n) == MTP_INVALID);
+    CHECK(mtp_reuse(s, &token, 1, nullptr, 3, &n) == MTP_INVALID);
+    CHECK(mtp_reuse(s, &token, 1, &token, -1, &n) == MTP_INVALID);
+    CHECK(mtp_reuse(s, &token, 1, &token, 1, nullptr) == MTP_INVALID);
+    CHECK(mtp_checkpoint(s, nullptr, end) == MTP_INVALID);
+    CHECK(mtp_checkpoint(s, &token, 0) == MTP_INVALID);
+    CHECK(mtp_checkpoint(s, &token, -1) == MTP_INVALID);
+    CHECK(mtp_checkpoint(s, &token, 1) == MTP_INVALID);  // the target ends elsewhere
+    CHECK(mtp_accept_by_coin(s, nullptr, 1, 1) == MTP_INVALID);
+    CHECK(mtp_accept_by_coin(s, nullptr, -1, 1) == MTP_INVALID);
     CHECK(mtp_n_past(s) == end);
     g.run(60);
     CHECK(h.faults() == "");
@@ -123,9 +146,14 @@ TEST(bad_arguments_are_refused_and_change_nothing) {
     CHECK(mtp_live_row(nullptr) == -1);
     CHECK(mtp_n_past(nullptr) == -1);
     CHECK(mtp_n_past_draft(nullptr) == -1);
-    CHECK(mtp_rows_left(nullptr) == -1);
-    CHECK(mtp_replays_only(nullptr) == 0);
     CHECK(mtp_replay(nullptr) == MTP_INVALID);
+    CHECK(mtp_begin(nullptr, &token, 1) == MTP_INVALID);
+    CHECK(mtp_reuse(nullptr, &token, 1, &token, 1, &n) == MTP_INVALID);
+    CHECK(mtp_checkpoint(nullptr, &token, 1) == MTP_INVALID);
+    CHECK(mtp_checkpoint_at(nullptr, 100) == -1);
+    CHECK(std::string(mtp_draft_error(nullptr)) == "");
+    CHECK(mtp_host_function(-1) == nullptr);
+    CHECK(mtp_host_function(n_f) == nullptr);
     CHECK(mtp_can_truncate(nullptr, 0) == 0);
     CHECK(std::string(mtp_session_error(nullptr)).size() > 4);
     mtp_session_counters(nullptr, nullptr);
@@ -143,7 +171,7 @@ TEST(a_second_thread_is_told_to_wait) {
             mtp_step step{};
             n += mtp_settle(s) == MTP_BUSY ? 1 : 0;
             n += mtp_truncate(s, 0) == MTP_BUSY ? 1 : 0;
-            n += mtp_next(s, sampler, 1, 0, rule_of(3, 0), &step) == MTP_BUSY ? 1 : 0;
+            n += next(s, 1, 0, rule_of(3, 0), step) == MTP_BUSY ? 1 : 0;
         }).join();
     };
     g.run(40);

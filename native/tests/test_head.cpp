@@ -75,19 +75,24 @@ TEST(a_long_stretch_without_drafts_is_caught_up) {
     mtp_session_close(s, 1);
 }
 
-TEST(short_drafts_are_dropped) {
+TEST(an_unlikely_pick_ends_the_drafts) {
     options o;
-    o.confidence  = true;
-    o.n_draft_min = 2;
+    o.confidence = true;
     host          h(o);
     mtp_session * s = h.open();
     generation    g(h, s, prompt_of(6), 4, 100);
-    g.run(60, 0.5f);  // every second position is uncertain: no draft is longer than one
+    for (int32_t pos = 7; pos < 60; ++pos) {  // the fake is sure of every second position
+        g.run(pos + 1, 0.5f);
+        CHECK(g.step.n_drafted <= 1);
+        CHECK(g.step.n_picks == g.step.n_drafted);
+        CHECK(g.step.n_picks == 0 || g.step.classes[0] == 7);
+    }
     mtp_counters c{};
     CHECK(mtp_settle(s) == MTP_OK);
     mtp_session_counters(s, &c);
-    CHECK(c.n_drafted == 0);
-    CHECK(c.n_draft_decodes > 0);
+    CHECK(c.n_drafted > 0);
+    CHECK(c.n_accepted == c.n_drafted);
+    CHECK(c.n_draft_decodes > c.n_drafted);
     CHECK(h.faults() == "");
     mtp_session_close(s, 1);
 }
@@ -100,7 +105,7 @@ TEST(a_session_opened_late_drafts_at_once) {
     mtp_session * s = h.open();
     CHECK(mtp_n_past(s) == 12);
     mtp_step step{};
-    CHECK(mtp_next(s, sampler, h.truth[12], 12, rule_of(3, 0), &step) == MTP_OK);
+    CHECK(next(s, h.truth[12], 12, rule_of(3, 0), step) == MTP_OK);
     CHECK(step.token == h.truth[13]);
     CHECK(step.n_drafted == 3);
     CHECK(h.draft.start == 12);
@@ -118,7 +123,7 @@ TEST(a_replaced_memory_drafts_again) {
     h.target.own.assign(40, false);
     h.truth = host::plain_text(other, 200);
     CHECK(mtp_forget(s, 40) == MTP_OK);
-    CHECK(mtp_align(s, other.data(), 40) == MTP_OK);
+    CHECK(mtp_begin(s, other.data(), 40) == MTP_OK);
     CHECK(mtp_live_row(s) == -1);
     h.eval(s, { other.begin() + 40, other.end() }, 40);
     g.text = other;

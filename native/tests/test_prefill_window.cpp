@@ -67,7 +67,7 @@ TEST(a_rule_narrows_the_window) {
             mtp_session * s = h.open();
             generation    g(h, s, prompt_of(9), 0, 250);
             g.run(130);
-            mtp_rule rule = mtp::constant_rule(3, 0);
+            mtp_rule rule = constant_rule(3, 0);
             rule.window   = narrow;
             g.rule        = &rule;
             g.run(200);
@@ -98,13 +98,13 @@ TEST(a_prefill_window_and_a_text_that_was_cut) {
                     g.run(60);
                     CHECK(mtp_settle(s) == MTP_OK);
                     const int32_t start = o.shares_kv ? 0 : 40 - window;
-                    const int32_t to    = mtp_lacks_row(s, keep) ? keep - 1 : keep;
-                    CHECK(to == keep - 1);
-                    CHECK(mtp_truncate(s, to) == MTP_OK);
+                    const std::vector<int32_t> text(g.text.begin(), g.text.end() - 1);
                     g.text.resize(keep);
                     for (int32_t i = 0; i < more; ++i) {
                         g.text.push_back((h.truth[keep + i] + 1) % fake::n_vocab);
                     }
+                    const int32_t to = reuse(s, text, g.text);
+                    CHECK(to == keep - 1);
                     h.truth = host::plain_text(g.text, 200);
                     h.eval(s, { g.text.begin() + to, g.text.end() }, to);
                     g.text.push_back(h.truth[g.text.size()]);
@@ -139,7 +139,7 @@ TEST(a_prefill_window_behind_a_gap) {
             text.push_back(h.truth[30]);
             mtp_step step{};
             while (text.size() < 80) {
-                CHECK(mtp_next(s, sampler, text.back(), static_cast<int32_t>(text.size()) - 1, rule_of(3, 0), &step) == MTP_OK);
+                CHECK(next(s, text.back(), static_cast<int32_t>(text.size()) - 1, rule_of(3, 0), step) == MTP_OK);
                 text.push_back(step.token);
             }
             CHECK(std::equal(text.begin(), text.end(), h.truth.begin()));
@@ -166,7 +166,7 @@ TEST(a_prompt_may_be_read_without_hidden_rows) {
         CHECK(mtp_keep_rows(s, 0) == MTP_OK);
         h.eval(s, { prompt.begin(), prompt.begin() + 30 }, 0);
         mtp_step step{};
-        CHECK(mtp_next(s, sampler, prompt[30], 30, nullptr, &step) == MTP_INVALID);
+        CHECK(next(s, prompt[30], 30, nullptr, step) == MTP_INVALID);
         CHECK(mtp_keep_rows(s, 1) == MTP_OK);
         h.draft_positions.clear();
         h.eval(s, { prompt.begin() + 30, prompt.end() }, 30);

@@ -69,7 +69,7 @@ TEST(a_failed_decode_promises_no_rollback) {
                     CHECK(mtp_truncate(s, to) == MTP_OK);
                     CHECK(h.target.end() == to);
                     CHECK(!h.target.poisoned);
-                    CHECK(mtp_next(s, sampler, h.truth[to], to, rule_of(3, 0), &g.step) == MTP_OK);
+                    CHECK(next(s, h.truth[to], to, rule_of(3, 0), g.step) == MTP_OK);
                     const std::vector<int32_t> kept(h.truth.begin(), h.truth.begin() + to + 1);
                     CHECK(g.step.token == host::plain_text(kept, to + 2).back());
                 } else {
@@ -94,7 +94,8 @@ TEST(going_back_in_a_round_is_one_removal) {
     g.text.resize(g.text.size() - 1);  // take the last token back: its row is 1 of 4
     const int32_t pos = static_cast<int32_t>(g.text.size()) - 1;
     CHECK(mtp_can_truncate(s, pos) == 1);
-    CHECK(mtp_verify(s, g.text.back(), pos, nullptr, 0, 0) == MTP_OK);
+    CHECK(next(s, g.text.back(), pos, rule_of(0), {}, g.step) == MTP_OK);
+    CHECK(g.step.token == h.truth[pos + 1]);
     CHECK(h.target.n_seq_rm == 1);
     CHECK(!h.target.poisoned);
     mtp_session_close(s, 1);

@@ -1,4 +1,5 @@
 // The rule of a round: what is drafted, and how much of it is verified.
+#include "rule.hpp"
 #include "session_fixture.hpp"
 
 #include <algorithm>
@@ -12,7 +13,7 @@ TEST(a_rule_verifies_what_pays_most) {
     std::mt19937 rng(7);
     std::uniform_real_distribution<float> chance(0.0f, 1.0f);
     for (int trial = 0; trial < 2000; ++trial) {
-        mtp_rule   rule = mtp::constant_rule(6, 0);
+        mtp_rule   rule = constant_rule(6, 0);
         mtp::picks drafts;
         for (float & a : rule.accept) {
             a = chance(rng);
@@ -35,12 +36,17 @@ TEST(a_rule_verifies_what_pays_most) {
             CHECK(value(m) >= value(other));
         }
     }
-    CHECK(mtp::class_of(0.0f) == 0);
-    CHECK(mtp::class_of(0.19f) == 0);
-    CHECK(mtp::class_of(0.2f) == 1);
-    CHECK(mtp::class_of(0.9599f) == 6);
-    CHECK(mtp::class_of(0.96f) == 7);
-    CHECK(mtp::class_of(1.0f) == 7);
+}
+
+TEST(a_class_counts_the_bounds_that_are_reached) {
+    const float bounds[] = { 0.2f, 0.35f, 0.5f, 0.65f, 0.8f, 0.9f, 0.96f };
+    CHECK(mtp::class_of(bounds, 0.0f) == 0);
+    CHECK(mtp::class_of(bounds, 0.19f) == 0);
+    CHECK(mtp::class_of(bounds, 0.2f) == 1);
+    CHECK(mtp::class_of(bounds, 0.9599f) == 6);
+    CHECK(mtp::class_of(bounds, 0.96f) == 7);
+    CHECK(mtp::class_of(bounds, 1.0f) == 7);
+    CHECK(mtp::class_of(bounds, NAN) == 0);
 }
 
 // Drafts that are only looked at cost a draft step and no row, and every one of them gets a verdict.
@@ -52,7 +58,7 @@ TEST(a_look_has_a_verdict_and_no_row) {
         for (size_t i = 0; i < h.wrong.size(); i += 3) {
             h.wrong[i] = true;
         }
-        mtp_rule look = mtp::constant_rule(1, 0);
+        mtp_rule look = constant_rule(1, 0);
         look.price[1] = INFINITY;
         g.rule        = &look;
         while (g.text.size() < 100) {
@@ -75,7 +81,7 @@ TEST(a_rule_stops_where_going_on_does_not_pay) {
     for (const options & o : kinds()) {
         host       h(o);
         generation g(h, h.open(), prompt_of(5), 0, 120);
-        mtp_rule   rule = mtp::constant_rule(4, 0);
+        mtp_rule   rule = constant_rule(4, 0);
         std::fill(std::begin(rule.accept), std::end(rule.accept), 0.5f);
         rule.go[1] = 0.5f;   // one right in two is reached here ...
         rule.go[2] = 0.26f;  // ... and one in four is not

@@ -7,13 +7,14 @@
 using namespace fixture;
 
 TEST(vocabularies_are_compared_by_content) {
-    const auto                     a = host::api();
+    const auto                     f = host::functions();
+    const auto                     n = static_cast<int32_t>(f.size());
     const auto                     l = host::layout();
     const std::vector<std::string> words{ "one", "two", "three" };
     char                           text[128];
     const auto compare = [&](const std::vector<std::string> & other) {
         text[0] = 0;
-        return mtp_compare_vocabularies(&a, &l, &words, &other, nullptr, 0, text, sizeof text);
+        return mtp_compare_vocabularies(f.data(), n, &l, &words, &other, nullptr, 0, text, sizeof text);
     };
     CHECK(compare({ "one", "two", "three" }) == MTP_OK && text[0] == 0);
     CHECK(compare({ "one", "two" }) == MTP_INVALID);
@@ -21,10 +22,13 @@ TEST(vocabularies_are_compared_by_content) {
     CHECK(compare({ "one", "tow", "three" }) == MTP_INVALID);
     CHECK(std::strstr(text, "token 1 ('two' and 'tow')"));
     CHECK(compare({ "one", "?", "three" }) == MTP_INVALID);  // the host has no text for it
-    CHECK(mtp_compare_vocabularies(&a, &l, &words, nullptr, nullptr, 0, text, sizeof text) == MTP_INVALID);
-    CHECK(mtp_compare_vocabularies(&a, &l, &words, nullptr, nullptr, 0, nullptr, 0) == MTP_INVALID);
+    CHECK(mtp_compare_vocabularies(f.data(), n, &l, &words, nullptr, nullptr, 0, text, sizeof text) == MTP_INVALID);
+    CHECK(mtp_compare_vocabularies(f.data(), n, &l, &words, nullptr, nullptr, 0, nullptr, 0) == MTP_INVALID);
+    CHECK(mtp_compare_vocabularies(nullptr, n, &l, &words, &words, nullptr, 0, text, sizeof text) == MTP_INVALID);
+    CHECK(mtp_compare_vocabularies(f.data(), n - 1, &l, &words, &words, nullptr, 0, text, sizeof text) == MTP_INVALID);
+    CHECK(mtp_compare_vocabularies(f.data(), n, nullptr, &words, &words, nullptr, 0, text, sizeof text) == MTP_INVALID);
     const auto pick = [&](const std::vector<std::string> & other, std::vector<int32_t> tokens) {
-        return mtp_compare_vocabularies(&a, &l, &words, &other, tokens.data(), static_cast<int32_t>(tokens.size()), text,
+        return mtp_compare_vocabularies(f.data(), n, &l, &words, &other, tokens.data(), static_cast<int32_t>(tokens.size()), text,
                                         sizeof text);
     };
     CHECK(pick({ "three", "one" }, { 2, 0 }) == MTP_OK);
