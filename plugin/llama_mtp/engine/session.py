@@ -35,16 +35,17 @@ class Session(Contexts):
     """The rounds of one ``Llama`` object, over its two contexts and its drafter."""
 
     def __init__(self, target: Any, draft: Any | None, setup: Setup) -> None:
+        self._settings = SpecSettings(
+            setup.spec.name, setup.depth, setup.p_min, target.n_ctx(), target.model.n_vocab()
+        )
+        # Before anything is opened: a plugin's factory may raise.
+        self._drafter: Drafter | None = setup.spec.factory and setup.spec.factory(self._settings)
         # On a device the pick comes back as 4 bytes; its probability would cost a row of logits.
         confident = setup.adaptive and draft is not None and not host.offloads(target)
         super().__init__(target, draft, setup, confidence=confident or setup.p_min > 0.0)
         self.stats = SpecStats()
         self.policy = DepthPolicy(setup.depth, adaptive=setup.adaptive, confident=confident)
         self.current: Generation | None = None  # whose text the target holds
-        self._settings = SpecSettings(
-            setup.spec.name, setup.depth, setup.p_min, target.n_ctx(), target.model.n_vocab()
-        )
-        self._drafter: Drafter | None = setup.spec.factory and setup.spec.factory(self._settings)
         self._hooks = plugin_manager().hook
         self._ask_depth = bool(self._hooks.mtp_choose_depth.get_hookimpls())
         self._observed = bool(self._hooks.mtp_round_finished.get_hookimpls())
