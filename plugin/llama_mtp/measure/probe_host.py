@@ -8,10 +8,8 @@ takes. (Recurrent state is the exception: the host allocates it even then.) Its 
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,10 +139,5 @@ def _answer(path: str, n_ctx: int, depth: int, options: dict[str, Any]) -> dict[
     return {"host": host.version(), "reason": reason}
 
 
-def main() -> None:
-    """Read a question from standard input, answer on standard output, log to standard error."""
-    print(json.dumps(_answer(**json.load(sys.stdin))))
-
-
 if __name__ == "__main__":
-    main()
+    child.serve(_answer)

@@ -6,8 +6,6 @@ its first decode.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
@@ -209,15 +207,13 @@ def measure(path: str, *, max_tokens: int = MAX_TOKENS, repeats: int = 1, **opti
         )
 
 
-def main() -> None:
-    """Read options from standard input, answer on standard output, log to standard error."""
-    question = json.load(sys.stdin)
+def answer(**question: Any) -> dict[str, Any]:
+    """Return a trial as a dict, or the reason why there is none."""
     try:
-        answer: dict[str, Any] = dict(vars(measure(**question)))
+        return dict(vars(measure(**question)))
     except (LlamaMtpError, ValueError, RuntimeError, MemoryError) as error:
-        answer = {"reason": str(error) or type(error).__name__}
-    print(json.dumps(answer))
+        return {"reason": str(error) or type(error).__name__}
 
 
 if __name__ == "__main__":
-    main()
+    child.serve(answer)
