@@ -78,7 +78,7 @@ class Library:
             cls = Llama
             options["spec_type"] = "draft-mtp"
             if depth is not None:
-                options |= {"spec_draft_n_max": depth, "spec_depth": "fixed"}
+                options |= {"spec_draft_n_max": depth, "spec_adaptive": False}
         self.llm: Any = cls(model, **options)
 
     def generate(self, prompt: list[int], n: int, temp: float, seed: int) -> dict[str, Any]:
