@@ -26,7 +26,7 @@ from llama_cpp.llama import LlamaRAMCache, LlamaState, LogitsProcessorList
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from llama_cpp.llama_tokenizer import LlamaTokenizer as StockTokenizer
 
-from .errors import HostVersionError, NativeError
+from .errors import HostVersionError, NativeError, SpecTypeError
 
 __all__ = [
     "DRAFT_UBATCH",
@@ -51,19 +51,21 @@ __all__ = [
     "devices",
     "draft_context",
     "draft_model",
-    "ends_text",
     "internals",
-    "keeps_everything",
+    "is_end_of_generation",
     "library_path",
     "load_memory",
     "logits_row",
     "memory_end",
     "memory_is_sound",
+    "n_embd_out",
+    "n_rs_seq",
     "pick",
     "plan_anew",
     "pointer_to",
     "rows_with_logits",
     "save_memory",
+    "simulate_loading",
     "tokenizer",
     "twin",
     "version",
@@ -136,8 +138,8 @@ def address_of(name: str) -> int:
     )
 
 
-def address_table(names: list[str]) -> dict[str, int]:
-    """Return name -> address for every function the native engine asks for."""
+def address_table(names: Sequence[str]) -> dict[str, int]:
+    """Return name -> address for every function that the native engine asks for, in that order."""
     return {name: address_of(name) for name in names}
 
 
@@ -171,9 +173,19 @@ def memory_is_sound(context: Any) -> bool:
     return memory_end(context) == 0 if first < 0 else memory_end(context) <= context.n_ctx()
 
 
-def keeps_everything(context: Any) -> bool:
-    """Whether sequence 0 still reaches back to position 0 (sliding windows move on)."""
-    return int(C.llama_memory_seq_pos_min(context.memory, 0)) <= 0
+def n_embd_out(model: Any) -> int:
+    """Return the width of a model's hidden rows, in floats."""
+    return int(C.llama_model_n_embd_out(model.model))
+
+
+def n_rs_seq(context: Any) -> int:
+    """Return how many snapshots of its recurrent state a context really keeps."""
+    return int(C.llama_n_rs_seq(context.ctx))
+
+
+def is_end_of_generation(model: Any, token: int) -> bool:
+    """Whether the model's vocabulary says that a token ends the text."""
+    return bool(C.llama_vocab_is_eog(model.vocab, token))
 
 
 def can_offload() -> bool:
@@ -320,9 +332,9 @@ def draft_context(
     """Make the draft context from the target's own model: no tensor is loaded twice.
 
     It follows the target's ``llama_context_params`` (n_ctx, n_batch, threads, offload, flash
-    attention, rope) and differs where MTP needs it to: one output, no snapshots, fewer rows at a
-    time, its own KV types (default: the host's default, F16). Being an ``internals.LlamaContext``
-    it is freed before its model whatever order Python drops things in.
+    attention, rope, KV types) and differs where MTP needs it to: one output, no snapshots, fewer
+    rows at a time. Being an ``internals.LlamaContext`` it is freed before its model whatever order
+    Python drops things in.
 
     Args:
         n_ubatch: most rows that are computed at a time, never more than the target's; the compute
@@ -330,11 +342,12 @@ def draft_context(
         model: a second model that holds the head; default: the target's.
         shares_kv: the head reads the target's KV cache and takes its types.
         all_outputs: every row of a decode may be an output.
+        type_k, type_v: ggml types of its KV cache; default: the target's, or the host's own default
+            where the host refuses those.
 
     Raises ValueError when the host refuses to make it.
     """
     mine = type(params).from_buffer_copy(params)
-    defaults = C.llama_context_default_params()
     mine.n_ctx = C.llama_n_ctx(target.ctx)
     mine.n_ubatch = min(n_ubatch, mine.n_ubatch)
     mine.ctx_type = C.LLAMA_CONTEXT_TYPE_MTP
@@ -344,10 +357,25 @@ def draft_context(
     mine.n_outputs_max = mine.n_batch if all_outputs else 1
     mine.n_outputs_max_per_seq = mine.n_outputs_max
     mine.embeddings = False
-    if not shares_kv:
-        mine.type_k = defaults.type_k if type_k is None else type_k
-        mine.type_v = defaults.type_v if type_v is None else type_v
-    return internals.LlamaContext(model=model or target.model, params=mine, verbose=verbose)
+    asked = not shares_kv and (type_k, type_v) != (None, None)
+    if asked:
+        mine.type_k = mine.type_k if type_k is None else type_k
+        mine.type_v = mine.type_v if type_v is None else type_v
+    model = model or target.model
+    try:
+        return internals.LlamaContext(model=model, params=mine, verbose=verbose)
+    except ValueError as e:
+        if asked:
+            raise SpecTypeError(
+                "The host refuses a draft context with these cache types; leave out "
+                "spec_draft_type_k and spec_draft_type_v, or pass flash_attn=True with quantized V."
+            ) from e
+        defaults = C.llama_context_default_params()
+        types = (defaults.type_k, defaults.type_v)
+        if shares_kv or (mine.type_k, mine.type_v) == types:
+            raise
+        mine.type_k, mine.type_v = types  # rows of another width may not fill the target's blocks
+        return internals.LlamaContext(model=model, params=mine, verbose=verbose)
 
 
 def vocabulary_of(model: Any) -> int:
@@ -383,6 +411,18 @@ def twin(llama: StockLlama, **stock: Any) -> StockLlama:
         internals.LlamaModel = loading
 
 
+def simulate_loading() -> None:
+    """Let every load after this one size the weights and read none. For a process of its own."""
+    load = C.llama_model_load_from_file
+
+    def simulated(path: bytes, params: Any) -> Any:
+        params.no_alloc = True
+        params.load_mode = C.LLAMA_LOAD_MODE_NONE  # on a mapping it would abort
+        return load(path, params)
+
+    C.llama_model_load_from_file = simulated
+
+
 def decode(context: Any, tokens: Sequence[int], position: int) -> None:
     """Decode tokens of sequence 0 from a position on, each with logits; NativeError on failure."""
     batch = C.llama_batch_init(len(tokens), 0, 1)
@@ -407,11 +447,6 @@ def pick(chain: Any, row: npt.NDArray[np.single], *, accept: bool = False) -> in
     if accept:
         C.llama_sampler_accept(chain.sampler, token)
     return token
-
-
-def ends_text(llama: StockLlama, token: int) -> bool:
-    """Whether a token ends a generation."""
-    return bool(C.llama_vocab_is_eog(llama._model.vocab, token))
 
 
 def library_path() -> str:

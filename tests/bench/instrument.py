@@ -188,7 +188,7 @@ def time_prompt(plain: Any, mtp: Any, repeats: int) -> Prompt:
     text = "\n".join(PROMPTS.values()) * 8
     most = min(PROMPT_TOKENS, plain.n_ctx() - 32)
     prompt = plain.tokenize(text.encode())[:most]
-    depth = min(1, mtp._session.depth_bound)
+    depth = min(1, mtp._session.setup.depth)
     times: dict[bool, list[float]] = {False: [], True: []}
     catch_up = []
     for turn in range(repeats + 1):

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_mtp.depth.policy.acceptance import CLASSES, Acceptance
-from llama_mtp.depth.policy.costs import Costs
-from llama_mtp.depth.policy.policy import DepthPolicy
-from llama_mtp.depth.policy.rule import constant
+from llama_mtp.depth.acceptance import CLASSES, Acceptance
+from llama_mtp.depth.costs import Costs
+from llama_mtp.depth.policy import DepthPolicy
+from llama_mtp.depth.rule import constant
 from llama_mtp.engine.native import lib
 
 # Median ms of a target decode of 1, 2, 3, ... rows, and a draft step's part of a one-row decode.

@@ -140,6 +140,7 @@ def opened(
     watch = Watch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "address_table", watch.address_table)
+        patch.setenv("LLAMA_MTP_PREFILL_WINDOW", "" if window is None else str(window))
         ours = Llama(
             str(files.path),
             spec_type="draft-mtp",
@@ -147,7 +148,6 @@ def opened(
             spec_draft_n_max=DEPTH,
             spec_draft_type_k=0,
             spec_draft_type_v=0,
-            spec_prefill_window=window,
             **apart,
             **options,
         )

@@ -399,7 +399,7 @@ def test_what_the_user_has_set_for_other_runs_is_no_part_of_the_question(
     model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLAMA_ARG_SPEC_TYPE", "none")
-    monkeypatch.setenv("LLAMA_ARG_SPEC_DRAFT_N_MIN", "60")
+    monkeypatch.setenv("LLAMA_ARG_SPEC_DRAFT_P_MIN", "60")
     assert ask_host(model("qwen35").path, n_ctx=512, depth=3).reason == ""
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-from typing import Any
 
 import llama_cpp
 import pytest
@@ -82,34 +80,3 @@ def test_both_thread_counts_default_to_the_same(model: ModelFactory) -> None:
         plain = llama_cpp.Llama(str(model("hy_v3").path), verbose=False)
         assert (llm.n_threads, llm.n_threads_batch) == (plain.n_threads, plain.n_threads_batch)
         plain.close()
-
-
-@pytest.mark.parametrize(
-    ("environment", "keywords", "spec_type", "depth"),
-    [
-        ({}, {}, "draft-mtp", 3),
-        ({"SPEC_TYPE": "none"}, {}, "none", 0),
-        ({"SPEC_TYPE": "none"}, {"spec_type": "mtp"}, "draft-mtp", 3),
-        ({"SPEC_DRAFT_N_MAX": "2"}, {}, "draft-mtp", 2),
-        ({"SPEC_DRAFT_N_MAX": "2"}, {"spec_draft_n_max": 5}, "draft-mtp", 5),
-        ({"SPEC_TYPE": " "}, {"spec_type": "auto"}, "draft-mtp", 3),
-    ],
-)
-def test_keyword_beats_environment_beats_default(
-    model: ModelFactory,
-    monkeypatch: pytest.MonkeyPatch,
-    environment: dict[str, str],
-    keywords: dict[str, Any],
-    spec_type: str,
-    depth: int,
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(f"LLAMA_ARG_{name}", value)
-    with Llama(str(model("hy_v3").path), verbose=False, **keywords) as llm:
-        assert (llm.spec_type, llm.spec_depth) == (spec_type, depth)
-
-
-def test_the_signature_shows_stock_and_own_arguments() -> None:
-    names = set(inspect.signature(Llama).parameters)
-    assert names >= set(inspect.signature(llama_cpp.Llama).parameters) - {"kwargs"}
-    assert {"spec_type", "spec_draft_n_max", "spec_draft_n_min", "spec_draft_p_min"} <= names

@@ -1,4 +1,4 @@
-"""The command line, and the promises that the README makes about it."""
+"""The command line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from llama_mtp.commands.demo import verdict
 from llama_mtp.commands.run import end_at_module
 from llama_mtp.demo import model as demo_model
 from llama_mtp.errors import LlamaMtpError
-from llama_mtp.heads.architectures import ARCHITECTURES, NOT_EXECUTABLE
 
 ROOT = Path(__file__).parents[2]
 COMMAND = str(Path(sysconfig.get_path("scripts"), "llama-mtp"))
@@ -275,22 +274,7 @@ def test_examples_run_as_they_stand(
     assert says in done.stdout
 
 
-# --- what the README promises ---------------------------------------------------------------------
-
-
-def test_ci_runs_the_test_command_of_the_readme() -> None:
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    ending = "&& .venv/bin/pytest"
-    assert sum(line.endswith(ending) for line in lines) == 1
-    assert "grep -E '&& \\.venv/bin/pytest$' README.md" in (ROOT / ".ci/run").read_text()
-
-
-def test_readme_names_every_family_that_runs_and_every_one_that_cannot() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text[text.index("## Which families work") : text.index("### Known host issues")]
-    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
-    assert {name for row in rows for name in re.findall(r"`(.+?)`", row)} == set(ARCHITECTURES)
-    assert all(f"`{name}`" in section for name in NOT_EXECUTABLE)
+# --- what is said before anything is loaded -------------------------------------------------------
 
 
 def test_importing_the_package_loads_neither_the_host_nor_the_engine() -> None:

@@ -11,11 +11,10 @@ import models
 import numpy as np
 import pytest
 from conftest import LlamaFactory, ModelFactory, StockFactory
+from sampling import SAMPLED
 
 from llama_mtp.measure.identity import clear, fresh_text, text
 
-GREEDY: dict[str, Any] = {"temp": 0.0}
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 ROWS = range(1, 10)  # two rounds and more at depth 3
 
 

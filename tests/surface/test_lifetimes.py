@@ -16,13 +16,12 @@ import llama_cpp
 import models
 import pytest
 from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
+from sampling import SAMPLED
 
 from llama_mtp import BusyError, ClosedError, Llama
 from llama_mtp import llama as llama_module
 from llama_mtp.engine import session as session_module
 from llama_mtp.measure.identity import fresh_text, text
-
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
 
 def processor(function: Callable[[Any, Any], Any]) -> Any:

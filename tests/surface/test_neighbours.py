@@ -13,13 +13,12 @@ import models
 import numpy as np
 import pytest
 from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
+from sampling import GREEDY, SAMPLED
 
 from llama_mtp import Llama, SpecTypeError
 from llama_mtp.host import DRAFT_UBATCH
 from llama_mtp.measure.identity import check_identity, clear, fresh_text, text
 
-GREEDY: dict[str, Any] = {"temp": 0.0}
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 F16, Q8_0, BF16 = 1, 8, 30  # enum ggml_type
 YARN = 2  # enum llama_rope_scaling_type
 
@@ -126,6 +125,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 FOLLOWED = (
     "n_batch",
+    "type_k",
+    "type_v",
     "n_threads",
     "n_threads_batch",
     "offload_kqv",
@@ -149,7 +150,6 @@ def test_parameters_reach_both_contexts(
     for field in FOLLOWED:
         assert getattr(draft, field) == getattr(plain.context_params, field), field
     assert draft.n_ubatch == min(plain.context_params.n_ubatch, DRAFT_UBATCH)
-    assert (draft.type_k, draft.type_v) == (F16, F16)  # its own; spec_draft_type_k names another
     prompt = m.text(30)
     for sampling in (GREEDY, SAMPLED):
         # 90 tokens go beyond the sliding window.

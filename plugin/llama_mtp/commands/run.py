@@ -30,7 +30,8 @@ def end_at_module(args: list[str]) -> list[str]:
         if args[i].startswith("-m"):
             end = i + (2 if args[i] == "-m" else 1)
             return [*args[:end], "--", *args[end:]]
-        i += 2 if args[i].startswith("--spec-") and "=" not in args[i] else 1
+        takes_value = args[i].startswith("--spec-") and args[i] != "--spec-adaptive"
+        i += 2 if takes_value and "=" not in args[i] else 1
     return args
 
 
@@ -48,26 +49,46 @@ def run(
     spec_draft_n_max: Annotated[
         int | None, typer.Option(min=0, help="Most tokens to draft per round.")
     ] = None,
+    spec_draft_p_min: Annotated[
+        float | None, typer.Option(help="Stop drafting below this probability.")
+    ] = None,
     spec_draft_model: Annotated[
         Path | None,
         typer.Option(help="A GGUF that holds the head by itself.", exists=True, dir_okay=False),
+    ] = None,
+    spec_draft_type_k: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Type of the draft context's K cache.")
+    ] = None,
+    spec_draft_type_v: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Type of the draft context's V cache.")
+    ] = None,
+    spec_adaptive: Annotated[
+        bool | None, typer.Option(help="Let the depth follow the measured gain, or keep it.")
     ] = None,
 ) -> None:
     """Run a script or module that uses llama_cpp, unedited, with MTP on."""
     from ..install import install
     from ..registry import RESERVED, resolve
+    from ..settings import OPTIONS, read_options
 
     rest = args or []
     if module is None:
         _require_script(rest)
-    if spec_type is not None:
-        if spec_type not in RESERVED:
-            resolve(spec_type)
-        os.environ["LLAMA_ARG_SPEC_TYPE"] = spec_type
-    if spec_draft_model is not None:
-        os.environ["LLAMA_ARG_SPEC_DRAFT_MODEL"] = str(spec_draft_model.resolve())
-    if spec_draft_n_max is not None:
-        os.environ["LLAMA_ARG_SPEC_DRAFT_N_MAX"] = str(spec_draft_n_max)
+    given = {
+        "spec_type": spec_type,
+        "spec_draft_n_max": spec_draft_n_max,
+        "spec_draft_p_min": spec_draft_p_min,
+        "spec_draft_model": spec_draft_model and spec_draft_model.resolve(),
+        "spec_draft_type_k": spec_draft_type_k,
+        "spec_draft_type_v": spec_draft_type_v,
+        "spec_adaptive": spec_adaptive,
+    }
+    read_options(**given)
+    if spec_type is not None and spec_type not in RESERVED:
+        resolve(spec_type)
+    for option in OPTIONS.values():
+        if given.get(option.keyword) is not None:
+            os.environ[option.variable] = str(given[option.keyword])
     install()
     try:
         # sys.path[0] and sys.argv as python sets them; until here they were the console script's.

@@ -42,7 +42,7 @@ def parse_depths(text: str) -> tuple[Variant, ...]:
 
 def variants_of(mtp: Llama, depths: Sequence[Variant]) -> tuple[Variant, ...]:
     """Plain, and those of `depths` that the object can draft."""
-    most = mtp._session.depth_bound if mtp._session is not None else 0
+    most = mtp._session.setup.depth if mtp._session is not None else 0
     return ("plain", *(depth for depth in depths if depth == "adaptive" or int(depth) <= most))
 
 

@@ -153,7 +153,7 @@ def _devices() -> str:
 def _engine() -> str:
     from ..engine import native
 
-    return f"built for {__version__}, {len(native.api_names())} host functions wanted"
+    return f"built for {__version__}, {len(native.function_names())} host functions wanted"
 
 
 def _functions() -> str:
@@ -161,7 +161,7 @@ def _functions() -> str:
     from ..engine import native
 
     missing: list[str] = []
-    names = native.api_names()
+    names = native.function_names()
     for name in names:
         try:
             host.address_of(name)
@@ -190,7 +190,7 @@ def _environment() -> str:
     from ..registry import RESERVED, resolve
     from ..settings import read_options
 
-    options = read_options(None, None, None, None, None, None, True)
+    options = read_options()
     if options.spec_type not in RESERVED:
         resolve(options.spec_type)
     found = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)]

@@ -94,7 +94,7 @@ def generate(
 
     Greedy unless `temp` says otherwise; `go_on` goes past the end of the text.
     """
-    from ..host import ends_text
+    from ..host import is_end_of_generation
 
     llm.reset()
     llm.set_seed(seed)
@@ -104,7 +104,9 @@ def generate(
         if not tokens:
             first = time.perf_counter()
         tokens.append(token)
-        if len(tokens) >= max_tokens or (not go_on and ends_text(llm, token)):
+        if len(tokens) >= max_tokens:
+            break
+        if not go_on and is_end_of_generation(llm._model, token):
             break
     end = time.perf_counter()
     return Run(tuple(tokens), first - start, end - first)
