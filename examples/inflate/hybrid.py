@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from llama_mtp.commands.cli import errors_in_one_line
+from llama_mtp.commands.main import errors_in_one_line
 from llama_mtp.errors import LlamaMtpError
 from llama_mtp.gguf.header import read_header
 from llama_mtp.gguf.metadata import metadata_of

@@ -24,7 +24,7 @@ import numpy as np
 import typer
 from rich.progress import Progress
 
-from llama_mtp.commands.cli import errors_in_one_line
+from llama_mtp.commands.main import errors_in_one_line
 from llama_mtp.errors import ModelFileError
 from llama_mtp.gguf.header import BLOCKS, Header, read_header
 from llama_mtp.gguf.metadata import decode, elements_type, entry, metadata_of

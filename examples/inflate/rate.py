@@ -21,7 +21,7 @@ import numpy.typing as npt
 import typer
 
 from llama_mtp import Llama
-from llama_mtp.commands.cli import errors_in_one_line
+from llama_mtp.commands.main import errors_in_one_line
 from llama_mtp.gguf.header import read_header
 from llama_mtp.heads.check import report_on
 from llama_mtp.measure.draft_cost import token_bytes

@@ -135,12 +135,6 @@ class XLlamaCpp:
             params.speculative.draft.n_max = depth
         self.server = xllamacpp.Server(params)
 
-    def _tokens(self, prompt: list[int], n: int, **sampling: Any) -> Iterator[int]:
-        """Ours knows the end, as llama-server does; stock has no use for it."""
-        if hasattr(self.llm, "_generate"):
-            return self.llm._generate(prompt, (), sampling, wanted=n)
-        return self.llm.generate(prompt, **sampling)
-
     def generate(self, prompt: list[int], n: int, temp: float, seed: int) -> dict[str, Any]:
         answer = self.server.handle_completions(server_request(prompt, n, temp, seed))
         return from_timings(answer["timings"])

@@ -531,10 +531,10 @@ def test_a_killed_command_leaves_nothing(
     before = sorted(tmp_path.iterdir())
     # The command itself, made slow enough to be hit while it writes.
     slow = (
-        "import time; from llama_mtp.commands import cli; from llama_mtp.gguf import write\n"
+        "import time; from llama_mtp.commands.main import main; from llama_mtp.gguf import write\n"
         "add = write._Meter.add\n"
         "write._Meter.add = lambda meter, n: (time.sleep(0.05), add(meter, n))\n"
-        "cli.main()"
+        "main()"
     )
     arguments = ["graft", str(trunk), str(m.path), "-o", str(tmp_path / "joined.gguf")]
     child = subprocess.Popen(
@@ -698,7 +698,7 @@ def test_the_command_says_what_it_did(pair: tuple[models.Model, Path], tmp_path:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", "from llama_mtp.commands import cli; cli.main()", *arguments],
+            [sys.executable, "-m", "llama_mtp", *arguments],
             capture_output=True,
             text=True,
             env={**os.environ, "COLUMNS": "200"},

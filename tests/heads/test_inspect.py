@@ -23,7 +23,7 @@ from test_header import TRUNK, write_gguf
 from typer.testing import CliRunner
 
 from llama_mtp import Llama, host
-from llama_mtp.commands import cli
+from llama_mtp.commands import main as cli
 from llama_mtp.errors import ModelFileError
 from llama_mtp.gguf.header import TensorInfo
 from llama_mtp.heads import split as splitting

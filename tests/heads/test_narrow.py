@@ -24,7 +24,7 @@ from test_own_output import PROMPT, drafted, text
 from typer.testing import CliRunner
 
 from llama_mtp import Llama
-from llama_mtp.commands import cli
+from llama_mtp.commands import main as cli
 from llama_mtp.errors import FileWriteError, ModelFileError, NativeError, SpecTypeError
 from llama_mtp.heads import narrow as tool
 from llama_mtp.heads.graft import graft

@@ -18,7 +18,7 @@ from test_families import OPTIONS, Watch
 from typer.testing import CliRunner
 
 from llama_mtp import Llama, host
-from llama_mtp.commands import cli
+from llama_mtp.commands import main as cli
 from llama_mtp.errors import ModelFileError
 from llama_mtp.heads.architectures import ARCHITECTURES
 from llama_mtp.heads.graft import graft

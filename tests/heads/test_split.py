@@ -18,7 +18,7 @@ from test_graft import contents, metadata, rewrite
 from typer.testing import CliRunner
 
 from llama_mtp import Llama
-from llama_mtp.commands import cli
+from llama_mtp.commands import main as cli
 from llama_mtp.errors import FileWriteError, ModelFileError
 from llama_mtp.gguf import write
 from llama_mtp.gguf.header import BLOCKS, read_header
