@@ -21,7 +21,7 @@ from models.families.common import Files
 from test_stateful import run_steps
 
 from llama_mtp import host, registry
-from llama_mtp.depth.policy.policy import DepthPolicy
+from llama_mtp.depth.policy import DepthPolicy
 from llama_mtp.engine.native import ffi, lib
 from llama_mtp.errors import NativeError
 from llama_mtp.hooks import Draft, DraftRequest, SpecType, Verdict, hookimpl
