@@ -117,13 +117,13 @@ def test_an_architecture_that_was_never_run_is_refused_and_told_how_to_try(tmp_p
         llama_mtp.Llama(str(path), spec_type="draft-mtp", **COMMON)
 
 
-def test_an_architecture_that_was_never_run_passes_with_the_flag(tmp_path: Path) -> None:
+def test_an_architecture_that_was_never_run_passes_where_it_is_allowed(tmp_path: Path) -> None:
     report = check_head(header_only(tmp_path, "novel"), allow_untested=True)
     assert report.untested and report.executable
 
 
 @pytest.mark.parametrize("dropped", raw.HEAD)
-def test_the_flag_does_not_replace_the_head(tmp_path: Path, dropped: str) -> None:
+def test_to_allow_an_architecture_does_not_replace_its_head(tmp_path: Path, dropped: str) -> None:
     file = raw.model("novel")
     file.tensors = [t for t in file.tensors if t.name != f"blk.2.{dropped}".encode()]
     path = raw.write(tmp_path / "m.gguf", file.pieces())
@@ -133,7 +133,7 @@ def test_the_flag_does_not_replace_the_head(tmp_path: Path, dropped: str) -> Non
 
 
 @pytest.mark.parametrize("arch", ["hy_v3", "mimo2"])
-def test_the_flag_drafts_rightly_with_both_kinds_of_graph(
+def test_an_architecture_that_is_allowed_drafts_rightly_with_both_kinds_of_graph(
     model: ModelFactory,
     stock: StockFactory,
     ours: LlamaFactory,
