@@ -129,7 +129,7 @@ struct mtp_counters {
     int64_t rollback_ns;       /* the host's removal of rows from either memory */
     int64_t total_ns;          /* inside this library, what is listed before included */
     int64_t n_replayed;        /* target rows decoded once more after a rejection (checkpoint rollback) */
-    int64_t n_state_bytes;     /* recurrent state copied out of and into the target's memory */
+    int64_t n_state_bytes;     /* recurrent state copied out of and into the target's memory by rounds */
     int64_t n_row_bytes;       /* held now for hidden rows and tokens that wait for the draft, or have waited */
     int64_t n_checkpoints, n_checkpoint_bytes; /* held now */
     int64_t n_checkpoints_saved, n_checkpoints_restored;
@@ -175,8 +175,8 @@ int mtp_keep_rows(mtp_session * session, int on);
 
 /* --- a generation ------------------------------------------------------------------------------------------------- */
 
-/* A generation begins, or is taken up again, whose text starts with these n tokens, which the target holds. The source of
- * drafts forgets what says otherwise, and one that had failed is tried again. */
+/* A generation begins, or is taken up again, whose text starts with these n tokens, which the target holds. What a round
+ * left behind is settled, the source of drafts forgets what says otherwise, and one that had failed is tried again. */
 int mtp_begin(mtp_session * session, const int32_t * tokens, int32_t n);
 
 /* Emits one token: samples the next row with the caller's llama_sampler chain, stepped exactly once. With no row left a
@@ -197,9 +197,9 @@ int mtp_accept_by_coin(mtp_session * session, const float * chances, int32_t n, 
 /* --- going back --------------------------------------------------------------------------------------------------- */
 
 /* Keeps of the target's text (n_text tokens, as the caller knows it) what it shares with a prompt: *n_kept is how many
- * tokens of the prompt need not be evaluated. The memories are cut, or go back to the deepest checkpoint. All of the
- * prompt is kept only where the logits of its last token are live. Where the draft would lack the hidden row of the next
- * token, one token less is kept than could be. 0: clear the target and evaluate everything. */
+ * tokens of the prompt need not be evaluated. The memories are cut, as by mtp_truncate, or go back to the deepest
+ * checkpoint. All of the prompt is kept only where the logits of its last token are live. Where the draft would lack the
+ * hidden row of the next token, one token less is kept than could be. 0: clear the target and evaluate everything. */
 int mtp_reuse(mtp_session * session, const int32_t * text, int32_t n_text, const int32_t * prompt, int32_t n_prompt,
               int32_t * n_kept);
 

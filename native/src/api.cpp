@@ -10,6 +10,15 @@ using mtp::require;
 
 namespace {
 
+// Without memory for the sentence there is none; the status says enough.
+void say(std::string & error, const char * text) noexcept {
+    try {
+        error = text;
+    } catch (...) {
+        error.clear();
+    }
+}
+
 // Runs body and turns what it throws into a status and a sentence.
 template <typename F> int guarded(std::string & error, F && body) {
     try {
@@ -17,16 +26,16 @@ template <typename F> int guarded(std::string & error, F && body) {
         body();
         return MTP_OK;
     } catch (const failure & e) {
-        error = e.what();
+        say(error, e.what());
         return e.status;
     } catch (const std::bad_alloc &) {
-        error = "out of memory";  // short enough to need none
+        say(error, "out of memory");
         return MTP_NO_MEMORY;
     } catch (const std::exception & e) {
-        error = e.what();
+        say(error, e.what());
         return MTP_EXCEPTION;
     } catch (...) {
-        error = "the host threw something that is not an exception";
+        say(error, "the host threw something that is not an exception");
         return MTP_EXCEPTION;
     }
 }

@@ -17,7 +17,6 @@ struct picks {
     int32_t size() const { return static_cast<int32_t>(tokens.size()); }
 };
 
-// Class 0 also for a probability that is no number.
 inline uint8_t class_of(const float (&bounds)[MTP_CLASSES - 1], float p) {
     return static_cast<uint8_t>(std::count_if(std::begin(bounds), std::end(bounds), [p](float b) { return p >= b; }));
 }

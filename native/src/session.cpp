@@ -43,7 +43,7 @@ mtp_session::mtp_session(void * const * functions, int32_t n_functions, const mt
 
 void mtp_session::begin(const int32_t * tokens, int32_t n) {
     require(n >= 0 && (tokens != nullptr || n == 0), "begin needs the tokens of the text");
-    settle();  // rows that are left belong to another generation
+    settle();  // rows that nobody sampled belong to another generation
     if (source) {
         source->begin(tokens, n);
     }
@@ -189,26 +189,22 @@ void mtp_session::next(void * sampler, int32_t last, int32_t pos, const mtp_rule
 
 // --- going back --------------------------------------------------------------------------------------------------------
 
-void mtp_session::truncate_target(int32_t n_past) {
-    const mtp_counters booked = with_round();
+void mtp_session::truncate(int32_t n_past) {
+    const bool         ends_round = target.in_round() && n_past == target.n_past();
+    const mtp_counters booked     = with_round();
     target.truncate(n_past);
     counters = booked;  // only now: a refusal leaves the round open
     checkpoints.cut(n_past);
-}
-
-void mtp_session::truncate(int32_t n_past) {
-    truncate_target(n_past);
-    if (source) {
+    if (source && ends_round) {
+        source->accept(n_past);
+    } else if (source) {
         source->truncate(n_past);
     }
 }
 
 void mtp_session::settle() {
     if (target.in_round()) {
-        truncate_target(target.n_past());
-        if (source) {
-            source->accept(target.n_past());
-        }
+        truncate(target.n_past());
     }
 }
 
@@ -236,10 +232,8 @@ int32_t mtp_session::reuse(const int32_t * text, int32_t n_text, const int32_t *
     }
     const int32_t n      = std::min(n_text, n_prompt);
     const int32_t shared = static_cast<int32_t>(std::mismatch(text, text + n, prompt).first - text);
-    if (shared == n_prompt && shared == n_text && target.live_row() >= 0) {
-        return shared;
-    }
-    int32_t keep = std::min(shared, n_prompt - 1);
+    const bool    all    = shared == n_text && shared == n_prompt && target.live_row() >= 0;
+    int32_t       keep   = all ? shared : std::min(shared, n_prompt - 1);
     // A sliding window that has moved on no longer holds what an earlier position attends to.
     const bool whole = params.rollback != MTP_ROLLBACK_ATTENTION || keep == n_text || target.host_start() <= 0;
     if (keep <= 0 || !whole) {
@@ -248,11 +242,18 @@ int32_t mtp_session::reuse(const int32_t * text, int32_t n_text, const int32_t *
     if (!target.can_truncate(keep)) {
         return restore(prompt, n_prompt);
     }
-    if (source && source->needs_token_before(keep) && target.can_truncate(keep - 1)) {
+    if (!all && source && source->needs_token_before(keep) && target.can_truncate(keep - 1)) {
         --keep;
     }
-    truncate(keep);
-    return keep;
+    try {
+        truncate(keep);
+        return keep;
+    } catch (const failure & refusal) {
+        if (refusal.status != MTP_ROLLBACK) {
+            throw;
+        }
+        return restore(prompt, n_prompt);
+    }
 }
 
 // Takes both back to the deepest checkpoint inside the prompt. 0: there is none, or the host refused and the memory is
@@ -262,17 +263,19 @@ int32_t mtp_session::restore(const int32_t * prompt, int32_t n_prompt) {
     if (kept == nullptr) {
         return 0;
     }
-    counters = with_round();
+    const int32_t end = kept->end();
+    counters          = with_round();
+    target.forget(0);  // until the copy is in, also where the host throws
+    if (source) {
+        source->cut(end);
+    }
     if (!checkpoints.load(*kept)) {
         forget(0);
         target.clear();
         return 0;
     }
-    const int32_t end = kept->end();
     target.forget(end);
     if (source) {
-        source->cut(end);
-        source->begin(kept->text.data(), end);
         if (source->end() != end) {
             source->restart(end);
         }

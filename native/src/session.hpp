@@ -50,7 +50,6 @@ struct mtp_session {
     void       verify(int32_t last, int32_t pos, mtp::picks drafts, int32_t n);
     void       sample(void * sampler, mtp_step & step);
     void       process(const int32_t * tokens, int32_t n, int32_t pos);
-    void       truncate_target(int32_t n_past);
     int32_t    restore(const int32_t * prompt, int32_t n_prompt);
     // The counters once the round ends here.
     mtp_counters with_round() const;

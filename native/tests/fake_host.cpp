@@ -52,6 +52,9 @@ float * get_logits_ith(void * ctx, int32_t i) {
     logits.assign(n_vocab, 0.0f);
     const bool certain    = !is_target(c) && c.end() % 2 == 0;
     logits[proposal(c)] = certain ? 20.0f : 0.5f;
+    if (current->on_logits) {
+        current->on_logits(logits);
+    }
     return logits.data();
 }
 
@@ -155,8 +158,17 @@ int vocab_get_attr(const void * vocab, int32_t token) {
     return (all[token].size() > 5 ? 1 : 0) + (all.size() == 1 ? 2 : 0);
 }
 
-template <typename F> void * address(F * function) {
-    return reinterpret_cast<void *>(function);
+// The host's allocations are its own affair: only the engine's fail in a test.
+template <auto function> struct host_call;
+template <typename R, typename... A, R (*function)(A...)> struct host_call<function> {
+    static R call(A... arguments) {
+        const test::memory_for_all enough;
+        return function(arguments...);
+    }
+};
+
+template <auto function> void * address() {
+    return reinterpret_cast<void *>(&host_call<function>::call);
 }
 
 }  // namespace
@@ -216,32 +228,32 @@ std::vector<int32_t> host::plain_text(const std::vector<int32_t> & prompt, int32
 
 std::vector<void *> host::functions() {
     const std::map<std::string, void *> known = {
-        { "llama_decode", address(decode) },
-        { "llama_synchronize", address(synchronize) },
-        { "llama_get_memory", address(get_memory) },
-        { "llama_memory_clear", address(memory_clear) },
-        { "llama_memory_seq_rm", address(seq_rm) },
-        { "llama_memory_seq_pos_min", address(seq_pos_min) },
-        { "llama_memory_seq_pos_max", address(seq_pos_max) },
-        { "llama_get_logits_ith", address(get_logits_ith) },
-        { "llama_sampler_sample", address(sampler_sample) },
-        { "llama_sampler_chain_default_params", address(chain_default_params) },
-        { "llama_sampler_chain_init", address(chain_init) },
-        { "llama_sampler_chain_add", address(chain_add) },
-        { "llama_sampler_init_greedy", address(init_greedy) },
-        { "llama_sampler_free", address(sampler_free) },
-        { "llama_set_sampler", address(set_sampler) },
-        { "llama_get_sampled_token_ith", address(get_sampled_token_ith) },
-        { "llama_set_embeddings_nextn", address(set_embeddings_nextn) },
-        { "llama_get_embeddings_nextn", address(get_embeddings_nextn) },
-        { "llama_get_embeddings_nextn_ith", address(get_embeddings_nextn_ith) },
-        { "llama_set_nextn_layer_offset", address(set_nextn_layer_offset) },
-        { "llama_vocab_n_tokens", address(vocab_n_tokens) },
-        { "llama_vocab_get_text", address(vocab_get_text) },
-        { "llama_vocab_get_attr", address(vocab_get_attr) },
-        { "llama_state_seq_get_size_ext", address(state_seq_get_size) },
-        { "llama_state_seq_get_data_ext", address(state_seq_get_data) },
-        { "llama_state_seq_set_data_ext", address(state_seq_set_data) },
+        { "llama_decode", address<decode>() },
+        { "llama_synchronize", address<synchronize>() },
+        { "llama_get_memory", address<get_memory>() },
+        { "llama_memory_clear", address<memory_clear>() },
+        { "llama_memory_seq_rm", address<seq_rm>() },
+        { "llama_memory_seq_pos_min", address<seq_pos_min>() },
+        { "llama_memory_seq_pos_max", address<seq_pos_max>() },
+        { "llama_get_logits_ith", address<get_logits_ith>() },
+        { "llama_sampler_sample", address<sampler_sample>() },
+        { "llama_sampler_chain_default_params", address<chain_default_params>() },
+        { "llama_sampler_chain_init", address<chain_init>() },
+        { "llama_sampler_chain_add", address<chain_add>() },
+        { "llama_sampler_init_greedy", address<init_greedy>() },
+        { "llama_sampler_free", address<sampler_free>() },
+        { "llama_set_sampler", address<set_sampler>() },
+        { "llama_get_sampled_token_ith", address<get_sampled_token_ith>() },
+        { "llama_set_embeddings_nextn", address<set_embeddings_nextn>() },
+        { "llama_get_embeddings_nextn", address<get_embeddings_nextn>() },
+        { "llama_get_embeddings_nextn_ith", address<get_embeddings_nextn_ith>() },
+        { "llama_set_nextn_layer_offset", address<set_nextn_layer_offset>() },
+        { "llama_vocab_n_tokens", address<vocab_n_tokens>() },
+        { "llama_vocab_get_text", address<vocab_get_text>() },
+        { "llama_vocab_get_attr", address<vocab_get_attr>() },
+        { "llama_state_seq_get_size_ext", address<state_seq_get_size>() },
+        { "llama_state_seq_get_data_ext", address<state_seq_get_data>() },
+        { "llama_state_seq_set_data_ext", address<state_seq_set_data>() },
     };
     std::vector<void *> all;
     while (const char * name = mtp_host_function(static_cast<int32_t>(all.size()))) {

@@ -114,6 +114,7 @@ class host {
     std::map<std::string, int> fail_in;
     bool                       throws = false;
     std::function<void()>      on_sample;  // runs inside llama_sampler_sample
+    std::function<void(std::vector<float> &)> on_logits;  // of the draft context, before they are handed out
     bool                       fails(const char * name);
 };
 

@@ -1,9 +1,11 @@
 // Runs all tests, or those whose name contains the argument.
 #include "test.hpp"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -21,6 +23,7 @@ int n_failures = 0;
 }  // namespace
 
 thread_local std::string values;
+thread_local int64_t     failing_allocation = 0;
 
 registration::registration(const char * name, void (*function)()) {
     all().emplace_back(name, function);
@@ -48,6 +51,24 @@ static bool passes(void (*function)()) {
 }
 
 }  // namespace test
+
+void * operator new(size_t n) {
+    if (test::failing_allocation > 0 && --test::failing_allocation == 0) {
+        throw std::bad_alloc();
+    }
+    if (void * p = std::malloc(std::max<size_t>(n, 1))) {
+        return p;
+    }
+    throw std::bad_alloc();
+}
+
+void operator delete(void * p) noexcept {
+    std::free(p);
+}
+
+void operator delete(void * p, size_t) noexcept {
+    std::free(p);
+}
 
 int main(int argc, char ** argv) {
     int n_passed = 0, n_failed = 0;

@@ -37,6 +37,50 @@ int next(mtp_session * s, int32_t last, int32_t pos, const mtp_rule * rule, cons
     return mtp_next(s, sampler, last, pos, rule, data, static_cast<int32_t>(drafts.size()), &step);
 }
 
+options recurrent(bool snapshots) {
+    options o;
+    o.recurrent  = snapshots;
+    o.checkpoint = !snapshots;
+    return o;
+}
+
+mtp_counters counters_of(const mtp_session * s) {
+    mtp_counters c{};
+    mtp_session_counters(s, &c);
+    return c;
+}
+
+std::vector<int32_t> first(const std::vector<int32_t> & text, int32_t n) {
+    return { text.begin(), text.begin() + n };
+}
+
+void generation::take_up(const std::vector<int32_t> & prompt, int32_t kept) {
+    const auto end = static_cast<int32_t>(prompt.size());
+    CHECK(kept < end);
+    if (kept == 0) {
+        CHECK(mtp_truncate(s, 0) == MTP_OK);
+    }
+    CHECK(mtp_replay(s) == MTP_OK);
+    h.truth          = host::plain_text(prompt, 240);
+    const int32_t at = mtp_checkpoint_at(s, end);
+    if (at > kept) {
+        h.eval(s, { prompt.begin() + kept, prompt.begin() + at }, kept);
+        CHECK(mtp_checkpoint(s, prompt.data(), at) == MTP_OK);
+        kept = at;
+    }
+    h.eval(s, { prompt.begin() + kept, prompt.end() }, kept);
+    CHECK(mtp_begin(s, prompt.data(), end) == MTP_OK);
+    text = prompt;
+    text.push_back(h.truth[end]);
+}
+
+void generation::read_to_checkpoint(int32_t end) {
+    const int32_t from = mtp_n_past(s);
+    h.eval(s, { h.truth.begin() + from, h.truth.begin() + end }, from);
+    CHECK(mtp_checkpoint(s, h.truth.data(), end) == MTP_OK);
+    text.assign(h.truth.begin(), h.truth.begin() + end + 1);
+}
+
 int32_t reuse(mtp_session * s, const std::vector<int32_t> & text, const std::vector<int32_t> & prompt) {
     int32_t kept = -1;
     CHECK(mtp_reuse(s, text.data(), static_cast<int32_t>(text.size()), prompt.data(),

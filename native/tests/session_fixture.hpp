@@ -29,6 +29,12 @@ int next(mtp_session * s, int32_t last, int32_t pos, const mtp_rule * rule, cons
 // One host of every kind: rollback, hidden rows, confidence, heads, vocabularies.
 std::vector<options> kinds();
 options              with_checkpoint();
+// A memory with a recurrent part, so that there are checkpoints of prompts: with snapshots, or with a copy a round.
+options recurrent(bool snapshots);
+
+mtp_counters counters_of(const mtp_session * s);
+
+std::vector<int32_t> first(const std::vector<int32_t> & text, int32_t n);
 
 // mtp_reuse for a caller whose text is `text`: how many tokens of the prompt are kept.
 int32_t reuse(mtp_session * s, const std::vector<int32_t> & text, const std::vector<int32_t> & prompt);
@@ -58,6 +64,18 @@ struct generation {
         }
         return status;
     }
+
+    // What the target holds of the text: all but the token that was sampled last.
+    std::vector<int32_t> evaluated() const {
+        CHECK(mtp_n_past(s) == static_cast<int32_t>(text.size()) - 1);
+        return first(text, mtp_n_past(s));
+    }
+
+    // Evaluates what mtp_reuse kept not of a prompt, with a checkpoint where one is due, and begins behind it.
+    void take_up(const std::vector<int32_t> & prompt, int32_t kept);
+
+    // Evaluates the plain text up to `end` outside of rounds, and keeps a checkpoint there.
+    void read_to_checkpoint(int32_t end);
 
     void run(int32_t n, float p_min = 0.0f) {
         while (static_cast<int32_t>(text.size()) < n) {

@@ -1,6 +1,7 @@
 // A test registers itself by its name; a check that fails ends its test and says where, what, and with which values.
 #pragma once
 
+#include <cstdint>
 #include <sstream>
 #include <string>
 #include <type_traits>
@@ -20,6 +21,16 @@ extern thread_local std::string values;
 // Counts the failure, then throws: it counts even if the engine swallows what the fake host throws.
 [[noreturn]] void fail(const char * file, int line, const char * condition);
 
+// The n-th allocation of this thread from now on fails, outside of the fake host; 0: none.
+extern thread_local int64_t failing_allocation;
+
+// While it lives nothing fails for want of memory.
+struct memory_for_all {
+    memory_for_all() : left(failing_allocation) { failing_allocation = 0; }
+    ~memory_for_all() { failing_allocation = left; }
+    const int64_t left;
+};
+
 struct registration {
     registration(const char * name, void (*function)());
 };
@@ -30,6 +41,8 @@ template <typename T> std::string text_of(const T & value) {
         out << static_cast<long long>(value);
     } else if constexpr (std::is_arithmetic_v<T>) {
         out << +value;  // a byte as a number
+    } else if constexpr (std::is_null_pointer_v<T>) {
+        out << "NULL";
     } else if constexpr (std::is_convertible_v<T, std::string>) {
         out << '"' << std::string(value) << '"';
     } else {

@@ -1,8 +1,6 @@
 // A round: the plain text whatever was drafted and accepted, and as many decodes as it promises.
 #include "session_fixture.hpp"
 
-#include <algorithm>
-
 using namespace fixture;
 
 TEST(every_depth_and_accept_count_gives_the_plain_text) {
@@ -58,52 +56,6 @@ TEST(the_end_of_the_context_is_reached_and_not_passed) {
         g.run(41);  // the last token stands on the edge and is not decoded
         CHECK(h.target.end() <= 40);
         CHECK(g.try_next() == MTP_INVALID);
-        mtp_session_close(s, 1);
-    }
-}
-
-// Drafts of the caller: the rounds of a source that is right as often, with one decode each.
-TEST(drafts_of_the_caller_are_the_round) {
-    for (int kind = 0; kind < 4; ++kind) {
-        options o;
-        o.draft_context = (kind & 1) != 0;
-        o.checkpoint    = (kind & 2) != 0;
-        int replays     = 0;
-        host          h(o);
-        mtp_session * s = h.open();
-        generation    g(h, s, prompt_of(6), 3, 100);
-        for (int32_t round = 0; g.text.size() < 60; ++round) {
-            const int32_t        pos = static_cast<int32_t>(g.text.size()) - 1;
-            std::vector<int32_t> drafts(h.truth.begin() + pos + 1, h.truth.begin() + pos + 4);
-            const int32_t        right = round % 4;
-            for (int32_t i = right; i < 3; ++i) {
-                drafts[i] = (drafts[i] + 1) % fake::n_vocab;
-            }
-            const bool replays_only = g.step.replays_next != 0;
-            replays += replays_only ? 1 : 0;
-            const int32_t n = replays_only ? 0 : 3, agreed = replays_only ? 0 : right;
-            CHECK(next(s, g.text.back(), pos, rule_of(3), drafts, g.step) == MTP_OK);
-            CHECK(g.step.new_round == 1);
-            CHECK(g.step.n_drafted == n);
-            CHECK(g.step.draft_ns == 0);
-            CHECK(std::all_of(g.step.classes, g.step.classes + g.step.n_picks, [](int klass) { return klass == 0; }));
-            g.text.push_back(g.step.token);
-            g.run(pos + 2 + agreed);
-            CHECK(g.step.n_accepted == agreed);
-            CHECK(g.step.rows_left == 0);
-            CHECK(mtp_n_past(s) == static_cast<int32_t>(g.text.size()) - 1);
-            const int32_t row = mtp_live_row(s);
-            CHECK(o.checkpoint ? row >= agreed : row == agreed);
-            CHECK(h.target.outputs[row]);
-            CHECK(h.target.batch_pos[row] == mtp_n_past(s) - 1);
-        }
-        CHECK(mtp_settle(s) == MTP_OK);
-        mtp_counters c{};
-        mtp_session_counters(s, &c);
-        CHECK(c.n_target_decodes == c.n_rounds);
-        CHECK(h.draft.n_decodes == c.n_draft_decodes);
-        CHECK((replays > 0) == o.checkpoint);
-        CHECK(h.faults() == "");
         mtp_session_close(s, 1);
     }
 }

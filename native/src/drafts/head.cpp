@@ -46,21 +46,22 @@ bool chained_heads::add(head & h, int32_t token, int32_t pos, int32_t i) const {
 }
 
 // The heads that n_steps did not reach read the first n_true rows of the batch.
-void chained_heads::finish(head & h, int32_t n_steps, int32_t n_true) const {
+bool chained_heads::finish(head & h, int32_t n_steps, int32_t n_true) const {
     if (n_steps >= n_) {
-        return;
+        return true;
     }
     h.batch_.shrink(n_true);
     h.batch_.set_output(n_true - 1, h.params_.all_outputs != 0);
     for (int32_t i = n_steps; i < n_; ++i) {
         if (!h.rewind(h.base_)) {
-            return;
+            return false;
         }
         h.api_.set_nextn_layer_offset(h.params_.draft, i);
         if (!h.decode()) {
-            return;
+            return false;
         }
     }
+    return true;
 }
 
 // --- what all of them share --------------------------------------------------------------------------------------------
@@ -213,17 +214,18 @@ void head::state_set(const uint8_t * data) {
 bool head::decode() {
     stopwatch watch(ns_);
     ++n_decodes_;
+    memory_end_ += batch_.size();  // also where the host throws: rows may be in
     if (const int32_t code = api_.decode(params_.draft, batch_.view())) {
         ++n_failures_;
-        if (++failures_ == max_failures) {
+        ++failures_;
+        restart(queue_.end());
+        if (failures_ >= max_failures) {
             error_ = "the draft context failed " + std::to_string(failures_) + " times, with llama_decode returning " +
                      std::to_string(code) + "; drafting rests until the next generation";
         }
-        restart(queue_.end());
         return false;
     }
     api_.synchronize(params_.draft);
-    memory_end_ += batch_.size();
     return true;
 }
 
@@ -273,6 +275,9 @@ picks head::draft(int32_t last, int32_t pos, int32_t depth, const mtp_rule & rul
     keep_window(rule.window);
     if (queue_.waiting() + steps_->n_heads() > params_.n_batch) {
         catch_up();
+        if (!alive()) {
+            return drafts;
+        }
     }
 
     // Catch-up and first step in one decode; only its last row is an output.
@@ -282,7 +287,6 @@ picks head::draft(int32_t last, int32_t pos, int32_t depth, const mtp_rule & rul
     if (!decode()) {
         return drafts;
     }
-    queue_.push_decoded(last);
 
     int32_t n_steps = 1;
     for (;; ++n_steps) {
@@ -302,7 +306,9 @@ picks head::draft(int32_t last, int32_t pos, int32_t depth, const mtp_rule & rul
             return drafts;
         }
     }
-    steps_->finish(*this, n_steps, n_true);
+    if (steps_->finish(*this, n_steps, n_true)) {
+        queue_.push_decoded(last);  // only now: what a round that fails has written is removed before the next decode
+    }
     return drafts;
 }
 

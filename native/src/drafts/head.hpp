@@ -22,8 +22,8 @@ struct steps {
     virtual bool add(head & h, int32_t token, int32_t pos, int32_t i) const = 0;
     // The batch of the first step is being loaded.
     virtual void first(head &) const {}
-    // n_steps were made, the first of them with n_true rows of true text.
-    virtual void finish(head &, int32_t /*n_steps*/, int32_t /*n_true*/) const {}
+    // n_steps were made, the first of them with n_true rows of true text. False: the draft memory starts anew.
+    virtual bool finish(head &, int32_t /*n_steps*/, int32_t /*n_true*/) const { return true; }
 
     virtual int32_t n_heads() const { return 1; }
     virtual int32_t max_depth() const { return MTP_MAX_DEPTH; }
@@ -43,7 +43,7 @@ struct chained_heads : steps {
     explicit chained_heads(int32_t n) : n_(n) {}
     bool    add(head & h, int32_t token, int32_t pos, int32_t i) const override;
     void    first(head & h) const override;
-    void    finish(head & h, int32_t n_steps, int32_t n_true) const override;
+    bool    finish(head & h, int32_t n_steps, int32_t n_true) const override;
     int32_t n_heads() const override { return n_; }
     int32_t max_depth() const override { return n_; }
     bool    extends_batch() const override { return true; }

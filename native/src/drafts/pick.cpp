@@ -78,7 +78,8 @@ pick picker::from_logits(int32_t row, int32_t n_vocab) const {
     for (int k = 0; k < n; ++k) {
         sum += std::exp(best[k] - best[0]);
     }
-    return { best_token, 1.0f / sum, class_of(params_.class_bounds, 1.0f / sum) };
+    const float p = sum >= 1.0f ? 1.0f / sum : 0.0f;  // the best counts 1, unless logits are infinite or no numbers
+    return { best_token, p, class_of(params_.class_bounds, p) };
 }
 
 }  // namespace mtp
