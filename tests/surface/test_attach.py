@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 
 import llama_cpp
 import pytest
@@ -51,7 +52,7 @@ def test_a_host_without_a_function_is_refused_or_left_as_stock(
 
 @pytest.mark.parametrize("flash_attn", [False, True])
 def test_the_draft_context_follows_the_host(
-    model: ModelFactory, ours: LlamaFactory, flash_attn: bool
+    model: ModelFactory, ours: LlamaFactory, contexts: list[SimpleNamespace], flash_attn: bool
 ) -> None:
     llm = ours(
         model("qwen35"),
@@ -64,13 +65,14 @@ def test_the_draft_context_follows_the_host(
         offload_kqv=False,
         rope_freq_base=20000.0,
     )
-    mine, target = llm._session._draft.params, llm.context_params
+    draft = contexts[-1]
+    mine, target = draft.params, llm.context_params
     for name in FOLLOWED:
         assert getattr(mine, name) == getattr(target, name), name
     assert mine.n_ctx == llm.n_ctx()
     assert mine.n_rs_seq == 0 and mine.n_outputs_max == 1
     assert target.n_rs_seq == 3 and target.n_outputs_max == 4
-    assert llm._session._draft.model is llm._model
+    assert draft.model is llm._model
 
 
 def test_both_thread_counts_default_to_the_same(model: ModelFactory) -> None:
