@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from conftest import LlamaFactory, ModelFactory, StockFactory
+from sampling import GREEDY
 
 from llama_mtp import BusyError, ClosedError
 from llama_mtp.engine.lock import Entry
 from llama_mtp.measure.identity import fresh_text
 
-GREEDY: dict[str, Any] = {"temp": 0.0}
 PROMPT_LENGTH = 20
 
 

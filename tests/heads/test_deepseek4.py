@@ -19,14 +19,13 @@ from conftest import COMMON, StockFactory, _factory
 from llama_cpp import llama_cpp_ext as X
 from models.families import deepseek4, deepseek32, glm_dsa, mla
 from models.families.common import Files
+from sampling import GREEDY, SAMPLED
 
 from llama_mtp import Llama, host
 from llama_mtp.errors import ModelFileError, SpecTypeError
 from llama_mtp.heads.check import check_head
 from llama_mtp.measure.identity import check_identity, fresh_text, text
 
-GREEDY: dict[str, Any] = {"temp": 0.0}
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 WIDTH = deepseek4.N_STREAMS * deepseek4.N_EMBD
 
 Factory = Callable[..., Any]

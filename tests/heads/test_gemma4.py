@@ -20,14 +20,12 @@ from conftest import COMMON, StockFactory, _factory
 from models.families import gemma4
 from models.families.common import Files
 from models.reference import Reference
+from sampling import GREEDY, SAMPLED
 
 from llama_mtp import Llama, host
 from llama_mtp.engine.generation import Generation
 from llama_mtp.errors import ModelFileError, SpecTypeError
 from llama_mtp.measure.identity import check_identity, fresh_text, text
-
-GREEDY: dict[str, Any] = {"temp": 0.0}
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
 Factory = Callable[..., Any]
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import LlamaFactory, ModelFactory, StockFactory
 from models.families import FAMILIES
+from sampling import GREEDY
 
 from llama_mtp.errors import FileWriteError, LlamaMtpError, ModelFileError
 from llama_mtp.gguf import write
@@ -32,7 +33,6 @@ from llama_mtp.measure.identity import fresh_text, text
 
 HEADS = [("qwen35", 1), ("hy_v3", 1), ("mimo2", 1), ("hy_v3", 2), ("mimo2", 3)]
 HEAD_FORMS = ("full", "mtp-only", "tensors-only")
-GREEDY: dict[str, Any] = {"temp": 0.0}
 
 
 def contents(path: Path) -> dict[str, tuple[tuple[int, ...], int, bytes]]:

@@ -17,8 +17,8 @@ import pytest
 from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 from hypothesis import given
 from hypothesis import strategies as st
+from models.cases import OPTIONS
 from models.families import FAMILIES
-from test_families import OPTIONS
 from test_graft import contents
 from test_own_output import PROMPT, drafted, text
 from typer.testing import CliRunner

@@ -13,8 +13,8 @@ import models
 import numpy as np
 import pytest
 from conftest import ModelFactory
+from models.cases import OPTIONS, Watch
 from models.families import FAMILIES
-from test_families import OPTIONS, Watch
 from typer.testing import CliRunner
 
 from llama_mtp import Llama, host

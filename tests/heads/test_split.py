@@ -14,6 +14,7 @@ from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models.families import FAMILIES
+from sampling import GREEDY
 from test_graft import contents, metadata, rewrite
 from typer.testing import CliRunner
 
@@ -30,7 +31,6 @@ from llama_mtp.heads.graft import graft
 from llama_mtp.heads.split import PER_LAYER, blocks_of, split, strip
 from llama_mtp.measure.identity import fresh_text, text
 
-GREEDY: dict[str, Any] = {"temp": 0.0}
 HEADS = [("qwen35", 1), ("hy_v3", 1), ("mimo2", 1), ("hy_v3", 2), ("mimo2", 3)]
 JOINABLE = [(arch, n) for arch, f in FAMILIES.items() for n in (1, 2, 3) if n <= f.max_heads]
 JOINABLE = [(arch, n) for arch, n in JOINABLE if arch != "gemma4-assistant"]

@@ -9,11 +9,10 @@ import models
 import numpy as np
 import pytest
 from conftest import LlamaFactory, ModelFactory, StockFactory
+from sampling import GREEDY, SAMPLED
 
 from llama_mtp.measure.identity import check_identity, clear, fresh_text, text
 
-GREEDY: dict[str, Any] = {"temp": 0.0}
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": GREEDY,
     "temperature": {"temp": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},

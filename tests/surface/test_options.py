@@ -20,6 +20,7 @@ from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
+from sampling import GREEDY
 
 from llama_mtp import Llama, SpecTypeError
 from llama_mtp.settings import MAX_DEPTH, PREFILL_WINDOW, SpecOptions, read_options
@@ -40,7 +41,6 @@ VARIABLES: tuple[tuple[str, str, Any, str, Any], ...] = (
     ("LLAMA_MTP_ALLOW_UNTESTED", "allow_untested", False, "1", True),
 )
 NAMES = [option[0] for option in KEYWORDS]
-GREEDY: dict[str, Any] = {"temp": 0.0}
 COMMAND = str(Path(sysconfig.get_path("scripts"), "llama-mtp"))
 # A cache in these types needs flash attention, whose width of a head is that of a block.
 Q8_0: dict[str, Any] = {"type_k": 8, "type_v": 8, "flash_attn": True}
