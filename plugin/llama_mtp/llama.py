@@ -29,7 +29,7 @@ from .errors import (
     RollbackRefused,
     SpecTypeError,
 )
-from .heads.narrow_vocabulary import Vocabulary, read_vocabulary
+from .heads.narrow_vocabulary import Vocabulary, vocabulary_of
 from .settings import Plan, make_plan, read_options
 
 logger = logging.getLogger("llama_mtp")
@@ -207,7 +207,8 @@ class Llama(host.StockLlama):
         if path is None:
             return None, None
         assert self._plan is not None
-        vocabulary = read_vocabulary(path) if self._plan.head.narrow else None
+        head = self._plan.head
+        vocabulary = vocabulary_of(head.file) if head.narrow else None
         model = host.draft_model(path, self.model_params, verbose=self.verbose)
         self._model._exit_stack.callback(model.close)
         widths = [host.C.llama_model_n_embd_out(m.model) for m in (self._model, model)]

@@ -9,17 +9,17 @@ wants in F32 (norms, biases, routers) becomes that.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ...errors import ModelFileError
-from ...gguf.header import ArrayInfo, Header
-from ...gguf.metadata import decode, entry, metadata_of
-from ...gguf.write import HeadSource, TensorSource
-from ..split import block_of, blocks_of
+from ...gguf.header import TOKENS
+from ...gguf.metadata import entry
+from ...gguf.model import Gguf, StrPath, block_of
+from ...gguf.write import TensorSource
+from ..source import HeadSource
 from .families import FAMILIES, Family, Part, family_of
 from .safetensors import Checkpoint, StoredTensor, read_json
 from .weights import (
@@ -37,14 +37,12 @@ from .weights import (
 
 __all__ = ["read_head"]
 
-_TOKENS = "tokenizer.ggml.tokens"
-
 # What the host reads in F32 besides vectors and norms.
 _ALWAYS_F32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "indexer.proj.weight")
 
 
-def read_head(folder: str | os.PathLike[str], base: Header) -> HeadSource:
-    """Find the MTP head of a checkpoint, for the GGUF whose header is ``base``.
+def read_head(folder: StrPath, base: Gguf) -> HeadSource:
+    """Find the MTP head of a checkpoint, for the model ``base``.
 
     Only headers are read here; the tensors' data is when their chunks are asked for.
 
@@ -61,8 +59,7 @@ def read_head(folder: str | os.PathLike[str], base: Header) -> HeadSource:
             f"{folder} is a checkpoint of {config.get('architectures')}, whose head this release "
             f"cannot read; it knows {known}. Convert it with llama.cpp and graft from that file."
         )
-    model = _Base(base)
-    _check_model(folder, config, family, model)
+    _check_model(folder, config, family, base)
     checkpoint = Checkpoint(folder)
     reader = _Reader(checkpoint, config, family)
     n_heads = reader.count_heads()
@@ -72,18 +69,18 @@ def read_head(folder: str | os.PathLike[str], base: Header) -> HeadSource:
         for head in range(n_heads)
         for name, tensor in reader.block(head)
     ]
-    for tensor in tensors:
-        model.check_shape(folder, tensor)
-    metadata = _per_layer(config, family, model, n_heads) | _vocabulary(folder, model)
+    _check_shapes(folder, tensors, base)
+    metadata = _per_layer(config, family, base, n_heads) | _vocabulary(folder, base)
     n_vocab = _number(config, "vocab_size", folder)
-    if n_vocab <= model.n_tokens < n_vocab + family.vocab_multiple:
-        n_vocab = model.n_tokens  # filled up when it was converted
+    if n_vocab <= base.n_tokens < n_vocab + family.vocab_multiple:
+        n_vocab = base.n_tokens  # filled up when it was converted
     return HeadSource(
         architecture=family.arch,
         n_heads=n_heads,
         n_embd=_number(config, "hidden_size", folder),
         tensors=tuple(tensors),
         origin=folder.resolve().name,
+        files=tuple(folder.iterdir()),
         metadata=metadata,
         n_vocab=n_vocab,
     )
@@ -127,37 +124,18 @@ def _count_layers(config: Mapping[str, Any], folder: Path) -> int:
 # --- the model that the head is to be joined to ---------------------------------------------------
 
 
-class _Base:
-    """What the base's header says, as far as a head has to agree with it."""
-
-    def __init__(self, header: Header) -> None:
-        blocks = blocks_of(header)
-        self.header = header
-        self.arch = blocks.architecture
-        self.n_trunk = blocks.n_trunk
-        self.n_embd = header.metadata.get(f"{self.arch}.embedding_length")
-        tokens = header.metadata.get(_TOKENS)
-        self.n_tokens = tokens.count if isinstance(tokens, ArrayInfo) else 0
-        # Name without the block to the shapes that it has in the trunk, without ones at the end.
-        self._shapes: dict[str, set[Shape]] = {}
-        for name, tensor in header.tensors.items():
-            block, part = block_of(name)
-            if 0 <= block < self.n_trunk:
-                self._shapes.setdefault(part, set()).add(_trimmed(tensor.shape))
-
-    def has(self, part: str) -> bool:
-        """Whether a block of the trunk has this tensor."""
-        return part in self._shapes
-
-    def check_shape(self, folder: Path, tensor: TensorSource) -> None:
-        """Raise unless a tensor has the shape of its like in the trunk, if there is one."""
-        part = tensor.name.split(".", 2)[2]
-        wanted = self._shapes.get(part)
-        if wanted and _trimmed(tensor.shape) not in wanted:
+def _check_shapes(folder: Path, tensors: list[TensorSource], base: Gguf) -> None:
+    """Raise unless the tensors have the shapes of their like in the trunk, where there is one."""
+    there: dict[str, set[Shape]] = {}
+    for tensor in base.trunk_tensors:
+        there.setdefault(block_of(tensor.name)[1], set()).add(_trimmed(tensor.shape))
+    for source in tensors:
+        wanted = there.get(block_of(source.name)[1])
+        if wanted and _trimmed(source.shape) not in wanted:
             raise ModelFileError(
-                f"{folder} has {tensor.name} with the dimensions {_times(tensor.shape)}, where "
-                f"{self.header.path} needs {' or '.join(map(_times, sorted(wanted)))}. Take the "
-                "head from the checkpoint that this model was made from."
+                f"{folder} has {source.name} with the dimensions {_times(source.shape)}, where "
+                f"{base.path} needs {' or '.join(map(_times, sorted(wanted)))}. Take the head from "
+                "the checkpoint that this model was made from."
             )
 
 
@@ -171,23 +149,24 @@ def _times(shape: Shape) -> str:
     return " x ".join(map(str, shape))
 
 
-def _check_model(folder: Path, config: Mapping[str, Any], family: Family, base: _Base) -> None:
+def _check_model(folder: Path, config: Mapping[str, Any], family: Family, base: Gguf) -> None:
     """Raise unless config.json describes the base."""
     pairs = {
-        "architecture": (family.arch, base.arch),
-        "number of layers": (_count_layers(config, folder), base.n_trunk),
-        "hidden size": (_number(config, "hidden_size", folder), base.n_embd),
+        "architecture": (family.arch, base.architecture),
+        "number of layers": (_count_layers(config, folder), base.heads.start),
+        "hidden size": (_number(config, "hidden_size", folder), base.number("embedding_length")),
     }
     for what, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise ModelFileError(
-                f"{folder} and {base.header.path} are not the same model: the {what} is {theirs} "
+                f"{folder} and {base.path} are not the same model: the {what} is {theirs} "
                 f"there and {ours} here. Take the head from the checkpoint that this model was "
                 "made from."
             )
-    if base.has("attn_kv_b.weight") and not base.has("attn_k_b.weight"):
+    parts = {block_of(tensor.name)[1] for tensor in base.trunk_tensors}
+    if "attn_kv_b.weight" in parts and "attn_k_b.weight" not in parts:
         raise ModelFileError(
-            f"{base.header.path} was converted before llama.cpp split attn_kv_b, and no head fits "
+            f"{base.path} was converted before llama.cpp split attn_kv_b, and no head fits "
             "it any more. Convert or download the model again."
         )
 
@@ -466,28 +445,27 @@ class _Reader:
 # --- vocabulary and metadata ----------------------------------------------------------------------
 
 
-def _vocabulary(folder: Path, base: _Base) -> dict[str, bytes]:
+def _vocabulary(folder: Path, base: Gguf) -> dict[str, bytes]:
     """Return the base's list of tokens if the folder's, where it has one, is the same.
 
     Raises:
         ModelFileError: a token differs. The base may have more: those that only fill it up.
     """
     theirs = _tokens(folder)
-    raw = metadata_of(base.header).get(_TOKENS)
-    if not theirs or raw is None:
+    ours = base.array(TOKENS) if theirs else []
+    if not ours:
         return {}
-    ours = decode(_TOKENS, raw)
     for number, token in theirs.items():
         here = ours[number] if 0 <= number < len(ours) else None
         # llama.cpp has the space of tokens that were added as it is, not as a lower one, and it
         # fills gaps, which a later version of the tokenizer may have closed.
         if here not in (token, token.replace("\u2581", " "), f"[PAD{number}]"):
             raise ModelFileError(
-                f"{folder} and {base.header.path} have different vocabularies: token {number} is "
+                f"{folder} and {base.path} have different vocabularies: token {number} is "
                 f"{token!r} there and {here!r} here. Take the head from the checkpoint that this "
                 "model was made from."
             )
-    return {_TOKENS: raw}
+    return {TOKENS: base.entry(TOKENS)}
 
 
 def _tokens(folder: Path) -> dict[int, str]:
@@ -511,13 +489,13 @@ def _tokens(folder: Path) -> dict[int, str]:
 
 
 def _per_layer(
-    config: Mapping[str, Any], family: Family, base: _Base, n_heads: int
+    config: Mapping[str, Any], family: Family, base: Gguf, n_heads: int
 ) -> dict[str, bytes]:
     """Return the head's own values of what the base says for each layer."""
     metadata = {}
-    for name, values in family.arrays(config, base.n_trunk, n_heads).items():
+    for name, values in family.arrays(config, base.heads.start, n_heads).items():
         key = f"{family.arch}.{name}"
-        if key not in base.header.metadata:
+        if key not in base.metadata:
             continue
         if any(value is None for value in values):
             raise ModelFileError(
