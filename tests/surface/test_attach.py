@@ -113,3 +113,22 @@ def test_the_signature_shows_stock_and_own_arguments() -> None:
     names = set(inspect.signature(Llama).parameters)
     assert names >= set(inspect.signature(llama_cpp.Llama).parameters) - {"kwargs"}
     assert {"spec_type", "spec_draft_n_max", "spec_draft_n_min", "spec_draft_p_min"} <= names
+
+
+@pytest.mark.parametrize(
+    ("version", "new_enough"),
+    [
+        *(("0.3.36", True), ("0.3.36rc1", True), ("0.3.36+cu124", True), ("0.3.36.post1", True)),
+        *(("0.4.0.dev2", True), ("1.0", True), ("0.3.35", False), ("0.3.35.post9", False)),
+        ("0.3.9", False),
+    ],
+)
+def test_versions_of_the_host(
+    monkeypatch: pytest.MonkeyPatch, version: str, new_enough: bool
+) -> None:
+    monkeypatch.setattr(host._package, "__version__", version)
+    if new_enough:
+        host.check_version()
+        return
+    with pytest.raises(HostVersionError, match=f"llama-cpp-python {version} cannot"):
+        host.check_version()
