@@ -15,11 +15,12 @@ from make_checkpoint import make_checkpoint
 from llama_mtp import Llama
 from llama_mtp.commands.main import errors_in_one_line
 from llama_mtp.demo.model import demo_model
-from llama_mtp.gguf.header import read_header
+from llama_mtp.gguf.model import Gguf
 from llama_mtp.heads.check import check_head
 from llama_mtp.heads.graft import graft
 from llama_mtp.heads.hf.reader import read_head
 from llama_mtp.heads.split import strip
+from llama_mtp.measure.compare_files import compare_greedy
 
 with errors_in_one_line(), tempfile.TemporaryDirectory() as temporary:
     folder = Path(temporary)
@@ -32,12 +33,12 @@ with errors_in_one_line(), tempfile.TemporaryDirectory() as temporary:
     out = Path(sys.argv[3]) if len(sys.argv) > 3 else folder / "joined.gguf"
 
     # What the checkpoint holds, in llama.cpp's names; `graft` reads it the same way.
-    head = read_head(checkpoint, read_header(base))
+    head = read_head(checkpoint, Gguf.open(base))
     size = sum(tensor.n_bytes for tensor in head.tensors)
     print(f"{checkpoint.name}: {head.n_heads} head for {head.architecture}, {size / 1e6:.0f} MB")
 
     print(f"{base.name}: {check_head(base).reason}")
-    made = graft(base, checkpoint, out, type="Q8_0", verify=8)
+    made = graft(base, checkpoint, out, type="Q8_0", verify=compare_greedy)
     print(f"{out.name}: {check_head(out).reason or 'runs with MTP'}, {dict(made.head_types)}")
 
     question = [{"role": "user", "content": "List the days of the week, one per line."}]

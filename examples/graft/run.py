@@ -16,6 +16,7 @@ from llama_mtp.demo.model import demo_model
 from llama_mtp.heads.check import check_head
 from llama_mtp.heads.graft import graft
 from llama_mtp.heads.split import split, strip
+from llama_mtp.measure.compare_files import compare_greedy
 
 
 def example_files(folder: Path) -> tuple[Path, Path]:
@@ -33,7 +34,7 @@ with errors_in_one_line(), tempfile.TemporaryDirectory() as temporary:
         print(f"{file.name}: {check_head(file).reason or 'runs with MTP'}")
 
     # `verify` loads base and result and compares their greedy tokens; they have to be the same.
-    made = graft(base, head, out, verify=16)
+    made = graft(base, head, out, verify=compare_greedy)
     types = ", ".join(made.head_types)
     print(f"{out.name}: {check_head(out).reason or 'runs with MTP'}, head in {types}")
     for note in made.notes:

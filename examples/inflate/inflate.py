@@ -26,8 +26,9 @@ from rich.progress import Progress
 
 from llama_mtp.commands.main import errors_in_one_line
 from llama_mtp.errors import ModelFileError
-from llama_mtp.gguf.header import BLOCKS, Header, read_header
+from llama_mtp.gguf.header import Header, read_header
 from llama_mtp.gguf.metadata import decode, elements_type, entry, metadata_of
+from llama_mtp.gguf.types import BLOCKS
 from llama_mtp.gguf.write import TensorSource, check_destination, stored, write_gguf
 
 CACHE_LINE = 64  # bytes

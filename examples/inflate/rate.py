@@ -22,10 +22,8 @@ import typer
 
 from llama_mtp import Llama
 from llama_mtp.commands.main import errors_in_one_line
-from llama_mtp.gguf.header import read_header
-from llama_mtp.heads.check import report_on
+from llama_mtp.gguf.model import Gguf
 from llama_mtp.measure.draft_cost import token_bytes
-from llama_mtp.measure.forecast import Source
 from llama_mtp.measure.pairs import quiet_host
 
 Bytes = npt.NDArray[np.uint8]
@@ -77,8 +75,7 @@ def rate(
     copies: Annotated[int, typer.Option(min=1, help="Copies to time.")] = 5,
 ) -> None:
     """Print GB/s (1e9 bytes) of a decode of one row and of a copy of as many bytes."""
-    header = read_header(model)
-    n_bytes = token_bytes(Source(header, report_on(header)))
+    n_bytes = token_bytes(Gguf.open(model))
     print(f"{model}: a decode of one row reads {n_bytes / 1e9:.3f} GB")
     print("threads  ms a row  decode GB/s  copy GB/s  decode to copy")
     for n in threads or [1, 2]:

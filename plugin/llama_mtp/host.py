@@ -25,6 +25,7 @@ from llama_cpp.llama import Llama as StockLlama
 from llama_cpp.llama import LlamaRAMCache, LlamaState, LogitsProcessorList
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from llama_cpp.llama_tokenizer import LlamaTokenizer as StockTokenizer
+from packaging.version import Version
 
 from .errors import HostVersionError, NativeError, SpecTypeError
 
@@ -113,10 +114,10 @@ def version() -> str:
 
 def check_version() -> None:
     """Raise HostVersionError unless the host has what MTP needs."""
-    parts = tuple(int(p) for p in version().split("+")[0].split(".")[:3] if p.isdigit())
+    release = Version(version()).release  # a release candidate has what the release has
     lacking = [f for f in _MODEL_FIELDS if not hasattr(C.llama_model_params, f)]
     lacking += [f for f in _CONTEXT_FIELDS if not hasattr(C.llama_context_params, f)]
-    if parts < _OLDEST or lacking:
+    if release < _OLDEST or lacking:
         raise HostVersionError(
             f"llama-cpp-python {version()} cannot run NextN heads"
             + (f" (no {', '.join(lacking)})" if lacking else "")

@@ -22,7 +22,7 @@ from .engine.setup import Setup
 from .engine.stats import SpecStats
 from .engine.watch import unwatch
 from .errors import HostVersionError, NativeError, SpecTypeError
-from .heads.narrow_vocabulary import read_vocabulary
+from .heads.narrow_vocabulary import vocabulary_of
 from .settings import Plan, make_plan, read_options
 
 logger = logging.getLogger("llama_mtp")
@@ -285,7 +285,7 @@ class Llama(Completion, GeneratingLlama):
 def _setup(plan: Plan, n_batch: int, n_ubatch: int) -> Setup:
     """What the engine needs to know of a plan."""
     options, head = plan.options, plan.head
-    narrow = read_vocabulary(options.draft_model) if head.narrow and options.draft_model else None
+    narrow = vocabulary_of(head.file) if head.narrow else None
     return Setup(
         plan.spec,
         depth=plan.depth,

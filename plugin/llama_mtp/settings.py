@@ -186,7 +186,7 @@ def make_plan(model_path: str, options: SpecOptions, stock: Mapping[str, Any]) -
             )
         obstacle = f"{head.reason} {head.remedy}".strip()
         if not obstacle and options.draft_model is not None and head.shares_kv:
-            obstacle = foreign_cells(model_path, options.draft_model)
+            obstacle = foreign_cells(report.file, head.file)
         if not spec.needs_head or not obstacle:
             return Plan(spec, options, report, head, _clamp(options.n_max, report, head, stock))
     if options.explicit:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ from llama_mtp.heads import graft as tool
 from llama_mtp.heads.check import check_head
 from llama_mtp.heads.graft import graft
 from llama_mtp.heads.split import PROVENANCE, split, strip
+from llama_mtp.measure.compare_files import compare_greedy
 from llama_mtp.measure.identity import fresh_text, text
 
 HEADS = [("qwen35", 1), ("hy_v3", 1), ("mimo2", 1), ("hy_v3", 2), ("mimo2", 3)]
 HEAD_FORMS = ("full", "mtp-only", "tensors-only")
+COMPARE = partial(compare_greedy, n_tokens=8, n_threads=1)
 
 
 def contents(path: Path) -> dict[str, tuple[tuple[int, ...], int, bytes]]:
@@ -621,8 +624,8 @@ def test_the_trunks_data_lies_in_its_pages_as_before(
             read_header(graft(base, m.path, tmp_path / "joined.gguf", force=True).path),
         )
         for name, tensor in before.tensors.items():
-            place = before.data_offset + tensor.offset
-            assert (after.data_offset + after.tensors[name].offset - place) % 4096 == 0
+            place = before.data_offsets[0] + tensor.offset
+            assert (after.data_offsets[0] + after.tensors[name].offset - place) % 4096 == 0
 
 
 def test_progress_ends_at_the_total(pair: tuple[models.Model, Path], tmp_path: Path) -> None:
@@ -631,7 +634,7 @@ def test_progress_ends_at_the_total(pair: tuple[models.Model, Path], tmp_path: P
     out = tmp_path / "joined.gguf"
     graft(trunk, m.path, out, progress=lambda *x: seen.append(x))
     header = read_header(out)
-    assert seen[-1] == (header.file_size - header.data_offset,) * 2
+    assert seen[-1] == (header.file_size - header.data_offsets[0],) * 2
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
@@ -641,7 +644,7 @@ def test_alignment_of_the_base_is_respected(
     m, trunk = pair
     wide = rewrite(trunk, tmp_path / "wide.gguf", change={"general.alignment": 256})
     header = read_header(graft(wide, m.path, tmp_path / "joined.gguf").path)
-    assert header.data_offset % 256 == 0
+    assert header.data_offsets[0] % 256 == 0
     assert all(t.offset % 256 == 0 for t in header.tensors.values())
     assert contents(header.path) == contents(m.path)
     gguf.GGUFReader(header.path)  # another reader takes it too
@@ -652,7 +655,7 @@ def test_alignment_of_the_base_is_respected(
 
 def test_verify_accepts_what_is_right(pair: tuple[models.Model, Path], tmp_path: Path) -> None:
     m, trunk = pair
-    graft(trunk, m.path, tmp_path / "joined.gguf", verify=8, n_threads=1)
+    graft(trunk, m.path, tmp_path / "joined.gguf", verify=COMPARE)
     assert (tmp_path / "joined.gguf").exists()
 
 
@@ -661,7 +664,7 @@ def test_verify_refuses_another_text(
 ) -> None:
     """The trunk's last tensor comes out wrong: only running the file tells."""
     m, trunk = pair
-    joining = tool.trunk_tensors
+    joining = tool._trunk_sources
 
     def spoilt(*arguments: Any) -> list[write.TensorSource]:
         return [
@@ -671,10 +674,10 @@ def test_verify_refuses_another_text(
             for t in joining(*arguments)
         ]
 
-    monkeypatch.setattr(tool, "trunk_tensors", spoilt)
+    monkeypatch.setattr(tool, "_trunk_sources", spoilt)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ModelFileError, match="does not continue a text"):
-        graft(trunk, m.path, tmp_path / "joined.gguf", verify=8, n_threads=1)
+        graft(trunk, m.path, tmp_path / "joined.gguf", verify=COMPARE)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -686,7 +689,7 @@ def test_verify_survives_a_file_that_ends_the_process(model: ModelFactory, tmp_p
     still = rewrite(trunk, tmp_path / "trunk.gguf", change={key: [False, False]})
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ModelFileError, match=r"trunk\.gguf does not run.*is_swa_any"):
-        graft(still, whole, tmp_path / "joined.gguf", verify=8, n_threads=1)
+        graft(still, whole, tmp_path / "joined.gguf", verify=COMPARE)
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -26,10 +26,11 @@ from typer.testing import CliRunner
 from llama_mtp import Llama
 from llama_mtp.commands import main as cli
 from llama_mtp.errors import FileWriteError, ModelFileError, NativeError, SpecTypeError
+from llama_mtp.gguf.model import Gguf
 from llama_mtp.heads import narrow as tool
 from llama_mtp.heads.graft import graft
 from llama_mtp.heads.narrow import choose, count, narrow, stand_ins_of
-from llama_mtp.heads.narrow_vocabulary import STAND_INS, TOKENS, read_vocabulary
+from llama_mtp.heads.narrow_vocabulary import KEPT, STAND_INS, vocabulary_of
 from llama_mtp.heads.split import split
 from llama_mtp.measure.inspect import inspect_file
 
@@ -57,7 +58,7 @@ def test_every_family_drafts_as_before_from_the_words_that_are_left(
     kept = [token for token in range(models.N_VOCAB) if token not in left_out]
     monkeypatch.setattr(tool, "choose", lambda *_: kept)
     head = narrow(whole, n_tokens=len(kept), texts=[]).path
-    assert read_vocabulary(head).tokens.tolist() == kept
+    assert vocabulary_of(Gguf.open(head)).tokens.tolist() == kept
     again, fewer = drafted(whole, spec_draft_model=str(head))
     assert again == tokens
     both = fewer.keys() & drafts.keys()
@@ -73,7 +74,7 @@ def test_a_narrow_head_drafts_what_it_has_whatever_it_reads(
     """A head that reads the hidden row alone: it proposes the same word wherever it has it."""
     whole = model(arch, head="hidden").path
     path = narrow(whole, tmp_path / "head.gguf", n_tokens=N_KEPT, texts=[]).path
-    kept = set(read_vocabulary(path).tokens.tolist())
+    kept = set(vocabulary_of(Gguf.open(path)).tokens.tolist())
     tokens, drafts = drafted(whole)
     again, fewer = drafted(whole, spec_draft_model=str(path))
     assert again == tokens
@@ -110,7 +111,7 @@ def test_the_file_has_the_rows_of_its_tokens(model: ModelFactory, tmp_path: Path
     whole = model("hy_v3", n_heads=2).path
     out = tmp_path / "head.gguf"
     report = narrow(whole, out, n_tokens=N_KEPT, texts=[])
-    kept = read_vocabulary(out).tokens
+    kept = vocabulary_of(Gguf.open(out)).tokens
     assert (report.path, report.n_tokens, report.n_vocab) == (out, N_KEPT, models.N_VOCAB)
     assert report.coverage is None
     assert report.output_before * N_KEPT == report.output * models.N_VOCAB
@@ -129,7 +130,7 @@ def test_the_file_has_the_rows_of_its_tokens(model: ModelFactory, tmp_path: Path
         assert new[key] == [old[key][t] for t in kept]
     assert new["tokenizer.ggml.eos_token_id"] == old["tokenizer.ggml.eos_token_id"] == models.EOS
     assert "tokenizer.chat_template" not in new
-    assert new[TOKENS] == kept.tolist() and len(new[STAND_INS]) == models.N_VOCAB
+    assert new[KEPT] == kept.tolist() and len(new[STAND_INS]) == models.N_VOCAB
 
 
 def test_a_head_in_a_file_of_its_own_can_be_narrowed(model: ModelFactory, tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_an_assistant_is_refused(tmp_path: Path) -> None:
         narrow(assistant, tmp_path / "head.gguf", n_tokens=N_KEPT, texts=[])
 
 
-@pytest.mark.parametrize("key", [TOKENS, STAND_INS])
+@pytest.mark.parametrize("key", [KEPT, STAND_INS])
 def test_a_damaged_list_is_refused(model: ModelFactory, tmp_path: Path, key: str) -> None:
     m = model("hy_v3")
     path = narrow(m.path, tmp_path / "head.gguf", n_tokens=N_KEPT, texts=[]).path

@@ -20,9 +20,10 @@ from models.families import FAMILIES
 from llama_mtp import Llama
 from llama_mtp.errors import ModelFileError
 from llama_mtp.gguf import quantize as tool
-from llama_mtp.gguf.header import BLOCKS, read_header
+from llama_mtp.gguf.header import read_header
 from llama_mtp.gguf.metadata import metadata_of
 from llama_mtp.gguf.quantize import TYPES, requantize, rows_of
+from llama_mtp.gguf.types import BLOCKS
 from llama_mtp.gguf.write import TensorSource, stored, write_gguf
 from llama_mtp.heads.graft import graft
 from llama_mtp.heads.split import strip

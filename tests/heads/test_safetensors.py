@@ -25,9 +25,11 @@ from models.families.common import Files
 from llama_mtp.errors import ModelFileError
 from llama_mtp.gguf.header import read_header
 from llama_mtp.gguf.metadata import entry, metadata_of
-from llama_mtp.gguf.write import HeadSource, stored, write_gguf
+from llama_mtp.gguf.model import Gguf
+from llama_mtp.gguf.write import stored, write_gguf
 from llama_mtp.heads.graft import graft
 from llama_mtp.heads.hf.reader import read_head
+from llama_mtp.heads.source import HeadSource
 from llama_mtp.heads.split import strip
 
 Array = npt.NDArray[Any]
@@ -380,7 +382,7 @@ def test_head_comes_back_bit_for_bit(
     oracle: Callable[..., Oracle], tmp_path: Path, arch: str, n_heads: int
 ) -> None:
     model = oracle(arch, n_heads)
-    head = read_head(write_oracle(model, tmp_path), read_header(model.base))
+    head = read_head(write_oracle(model, tmp_path), Gguf.open(model.base))
     assert (head.architecture, head.n_heads) == (arch, n_heads)
     found = values_of(head)
     assert found.keys() == model.head.keys()
@@ -396,7 +398,7 @@ def test_size_of_the_pieces_does_not_matter(
 ) -> None:
     model = oracle(arch)
     monkeypatch.setattr("llama_mtp.heads.hf.weights.CHUNK", 600)
-    head = read_head(write_oracle(model, tmp_path), read_header(model.base))
+    head = read_head(write_oracle(model, tmp_path), Gguf.open(model.base))
     data = {name: data for name, (_, _, data) in values_of(head).items()}
     assert data == {name: values.tobytes() for name, values in model.head.items()}
 
@@ -473,7 +475,7 @@ def test_types_stay_and_small_tensors_become_f32(
     oracle: Callable[..., Oracle], tmp_path: Path, arch: str, dtype: str
 ) -> None:
     model = oracle(arch)
-    head = read_head(write_oracle(model, tmp_path, dtype), read_header(model.base))
+    head = read_head(write_oracle(model, tmp_path, dtype), Gguf.open(model.base))
     for name, (kind, _, data) in values_of(head).items():
         if name == "blk.0.ffn_gate_inp_shexp.weight":  # a vector here, a row in the checkpoint
             _, bits = stored_as(dtype, model.head[name])
@@ -557,7 +559,7 @@ def test_fp8_becomes_bf16(
         "quantization_config": {"quant_method": "fp8", "weight_block_size": list(block)}
     }
     folder = write_folder(tmp_path, config, tensors)
-    found = values_of(read_head(folder, read_header(model.base)))
+    found = values_of(read_head(folder, Gguf.open(model.base)))
     placed: dict[str, Array] = {}
     for full, (kind_number, shape, data) in found.items():
         if kind_number == gguf.GGMLQuantizationType.BF16:
@@ -578,7 +580,7 @@ def test_every_code_of_fp8(oracle: Callable[..., Oracle], tmp_path: Path) -> Non
     for dtype, width, highest in [("F8_E4M3", 3, 15), ("F8_E5M2", 2, 31)]:
         tensors["mtp.fc.weight"] = (dtype, codes)
         tensors["mtp.fc.weight_scale_inv"] = stored_as("F32", np.ones(1))
-        head = read_head(write_folder(tmp_path, model.config(), tensors), read_header(model.base))
+        head = read_head(write_folder(tmp_path, model.config(), tensors), Gguf.open(model.base))
         found = bf16_values(np.frombuffer(values_of(head)["blk.0.nextn.eh_proj.weight"][2], "<u2"))
         for code, value in zip(range(256), found, strict=False):
             sign = -1.0 if code & 128 else 1.0
@@ -621,7 +623,7 @@ def test_experts_may_be_stacked_and_fused(
     folder = write_folder(
         tmp_path, model.config(), {n: stored_as("F32", v) for n, v in tensors.items()}
     )
-    found = values_of(read_head(folder, read_header(model.base)))
+    found = values_of(read_head(folder, Gguf.open(model.base)))
     assert {n: d for n, (_, _, d) in found.items()} == {
         n: v.tobytes() for n, v in model.head.items()
     }
@@ -641,7 +643,7 @@ def test_fused_experts_may_be_fp8(oracle: Callable[..., Oracle], tmp_path: Path)
         tensors[place + name] = ("F8_E4M3", codes)
         tensors[place + name + "_scale_inv"] = ("F32", scales)
     config = model.config() | {"quantization_config": {"weight_block_size": [24, 24]}}
-    found = values_of(read_head(write_folder(tmp_path, config, tensors), read_header(model.base)))
+    found = values_of(read_head(write_folder(tmp_path, config, tensors), Gguf.open(model.base)))
     halves = {
         "gate": wanted["gate_up_proj"][:, :n_rows],
         "up": wanted["gate_up_proj"][:, n_rows:],
@@ -673,7 +675,7 @@ def test_query_key_and_value_are_fused(oracle: Callable[..., Oracle], tmp_path: 
     folder = write_folder(
         tmp_path, model.config(), {n: stored_as("F32", v) for n, v in tensors.items()}
     )
-    found = values_of(read_head(folder, read_header(model.base)))
+    found = values_of(read_head(folder, Gguf.open(model.base)))
     assert {n: d for n, (_, _, d) in found.items()} == {
         n: v.tobytes() for n, v in model.head.items()
     }
@@ -700,9 +702,9 @@ def test_fused_fp8_rows_are_put_in_order_again(
     folder = write_folder(tmp_path, config, tensors)
     if ranks == 2:  # no model is known that was made on two
         with pytest.raises(ModelFileError, match=r"qkv_proj\.weight_scale_inv"):
-            read_head(folder, read_header(model.base))
+            read_head(folder, Gguf.open(model.base))
         return
-    found = values_of(read_head(folder, read_header(model.base)))
+    found = values_of(read_head(folder, Gguf.open(model.base)))
     assert found["blk.0.attn_qkv.weight"][2] == wanted.tobytes()
 
 
@@ -712,7 +714,7 @@ def test_query_without_low_rank(oracle: Callable[..., Oracle], tmp_path: Path) -
     place = f"model.layers.{model.n_trunk}.self_attn.q_proj.weight"
     query = np.random.default_rng(0).normal(0, 1, (64, 64)).astype("f4")
     tensors[place] = ("F32", query)
-    head = read_head(write_folder(tmp_path, model.config(), tensors), read_header(model.base))
+    head = read_head(write_folder(tmp_path, model.config(), tensors), Gguf.open(model.base))
     found = values_of(head)
     assert found["blk.0.attn_q.weight"][2] == query.tobytes()
     assert not any("attn_q_" in name for name in found)
@@ -727,7 +729,7 @@ def test_prefixes_of_multimodal_models(
     model = oracle("qwen35")
     tensors = {n: stored_as("F32", v) for n, v in model.tensors().items()}
     tensors = {n.replace("mtp.", prefix, 1): t for n, t in tensors.items()}
-    head = read_head(write_folder(tmp_path, model.config(), tensors), read_header(model.base))
+    head = read_head(write_folder(tmp_path, model.config(), tensors), Gguf.open(model.base))
     assert {t.name for t in head.tensors} == model.head.keys()
 
 
@@ -761,7 +763,7 @@ def test_only_the_needed_shards_are_opened(oracle: Callable[..., Oracle], tmp_pa
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "damaged.safetensors").write_bytes(b"no tensors")
-    assert read_head(folder, read_header(model.base)).n_heads == 1
+    assert read_head(folder, Gguf.open(model.base)).n_heads == 1
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "mtp.safetensors"])
@@ -774,7 +776,7 @@ def test_files_that_no_index_lists_are_found(
         write_folder(tmp_path, {}, {"model.norm.weight": stored_as("F32", np.ones(4))}, shards=1)
     (tmp_path / "config.json").write_text(json.dumps(model.config()))
     write_shard(tmp_path / name, tensors)
-    assert len(read_head(tmp_path, read_header(model.base)).tensors) == len(model.head)
+    assert len(read_head(tmp_path, Gguf.open(model.base)).tensors) == len(model.head)
 
 
 def test_what_the_index_says_counts(oracle: Callable[..., Oracle], tmp_path: Path) -> None:
@@ -783,7 +785,7 @@ def test_what_the_index_says_counts(oracle: Callable[..., Oracle], tmp_path: Pat
     folder = write_oracle(model, tmp_path)
     others = {n: stored_as("F32", np.zeros_like(v)) for n, v in model.tensors().items()}
     write_shard(folder / "a-copy.safetensors", others)
-    found = values_of(read_head(folder, read_header(model.base)))
+    found = values_of(read_head(folder, Gguf.open(model.base)))
     assert {n: data for n, (_, _, data) in found.items()} == {
         n: values.tobytes() for n, values in model.head.items()
     }
@@ -825,7 +827,7 @@ def test_data_is_streamed(oracle: Callable[..., Oracle], tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(config))
     tracemalloc.start()
     try:
-        head = read_head(tmp_path, read_header(base))
+        head = read_head(tmp_path, Gguf.open(base))
         n_bytes, largest = 0, 0
         for tensor in head.tensors:
             for chunk in tensor.chunks():
@@ -844,7 +846,7 @@ def test_data_is_streamed(oracle: Callable[..., Oracle], tmp_path: Path) -> None
 
 def refused(folder: Path, model: Oracle) -> str:
     with pytest.raises(ModelFileError) as caught:
-        read_head(folder, read_header(model.base))
+        read_head(folder, Gguf.open(model.base))
     return str(caught.value)
 
 
@@ -885,7 +887,7 @@ def test_heads_are_counted_where_config_does_not(
     model = oracle(arch)
     config = {k: v for k, v in model.config().items() if "nextn" not in k and "mtp" not in k}
     tensors = {n: stored_as("F32", v) for n, v in model.tensors().items()}
-    head = read_head(write_folder(tmp_path, config, tensors), read_header(model.base))
+    head = read_head(write_folder(tmp_path, config, tensors), Gguf.open(model.base))
     assert head.n_heads == 1
 
 
@@ -1000,7 +1002,7 @@ def test_base_from_before_mla_is_refused(oracle: Callable[..., Oracle], tmp_path
     base = tmp_path / "old.gguf"
     write_gguf(base, metadata_of(header), old)
     with pytest.raises(ModelFileError, match="attn_kv_b"):
-        read_head(write_oracle(model, tmp_path / "checkpoint"), read_header(base))
+        read_head(write_oracle(model, tmp_path / "checkpoint"), Gguf.open(base))
 
 
 # --- vocabulary -----------------------------------------------------------------------------------
@@ -1027,9 +1029,9 @@ def test_vocabulary_is_compared_token_by_token(
     model = oracle("qwen35")
     folder = write_oracle(model, tmp_path)
     tokens = model.tokens()
-    assert "tokenizer.ggml.tokens" not in read_head(folder, read_header(model.base)).metadata
+    assert "tokenizer.ggml.tokens" not in read_head(folder, Gguf.open(model.base)).metadata
     write_tokenizer(folder, tokens, form)
-    assert "tokenizer.ggml.tokens" in read_head(folder, read_header(model.base)).metadata
+    assert "tokenizer.ggml.tokens" in read_head(folder, Gguf.open(model.base)).metadata
     for number in (300, len(tokens) - 1):
         other = [*tokens[:number], "another", *tokens[number + 1 :]]
         write_tokenizer(folder, other, form)
@@ -1041,7 +1043,7 @@ def test_base_may_have_tokens_that_fill_up(oracle: Callable[..., Oracle], tmp_pa
     model = oracle("qwen35")
     folder = write_oracle(model, tmp_path)
     write_tokenizer(folder, model.tokens()[:-20], "bpe")
-    assert read_head(folder, read_header(model.base)).n_vocab == len(model.tokens())
+    assert read_head(folder, Gguf.open(model.base)).n_vocab == len(model.tokens())
     write_tokenizer(folder, [*model.tokens(), "one more"], "bpe")
     assert "one more" in refused(folder, model)
 
@@ -1054,7 +1056,7 @@ def test_conversion_may_fill_the_vocabulary_up(
     n_tokens = len(model.tokens())
     tensors = {n: stored_as("F32", v) for n, v in model.tensors().items()}
     config = model.config() | {"vocab_size": n_tokens - 7}
-    head = read_head(write_folder(tmp_path, config, tensors), read_header(model.base))
+    head = read_head(write_folder(tmp_path, config, tensors), Gguf.open(model.base))
     assert head.n_vocab == (n_tokens - 7 if kept else n_tokens)
 
 
@@ -1072,7 +1074,7 @@ def test_tokens_that_conversion_spells_otherwise(
     base = tmp_path / "base.gguf"
     write_gguf(base, metadata, [stored(header, tensor) for tensor in header.tensors.values()])
     write_tokenizer(folder, [*tokens[:-2], "<added later>", "<a\u2581new\u2581one>"], "bpe")
-    assert "tokenizer.ggml.tokens" in read_head(folder, read_header(base)).metadata
+    assert "tokenizer.ggml.tokens" in read_head(folder, Gguf.open(base)).metadata
 
 
 # --- damaged and hostile files --------------------------------------------------------------------
@@ -1167,7 +1169,7 @@ def test_mutated_headers_end_in_an_error_or_in_a_head(
     folder = write_folder(tmp_path, model.config(), tensors, shards=1)
     shard = folder / "model-00001-of-00001.safetensors"
     whole = shard.read_bytes()
-    header = read_header(model.base)
+    header = Gguf.open(model.base)
     length = int.from_bytes(whole[:8], "little")
     rng = np.random.default_rng(1)
     n_refused = 0
@@ -1186,7 +1188,7 @@ def test_mutated_headers_end_in_an_error_or_in_a_head(
 def test_shard_that_shrinks_while_it_is_read(oracle: Callable[..., Oracle], tmp_path: Path) -> None:
     model = oracle("qwen35")
     folder = write_oracle(model, tmp_path)
-    head = read_head(folder, read_header(model.base))
+    head = read_head(folder, Gguf.open(model.base))
     for shard in folder.glob("*.safetensors"):
         shard.write_bytes(shard.read_bytes()[:-100_000])
     with pytest.raises(ModelFileError, match="ends inside"):

@@ -34,7 +34,7 @@ from models import families
 from models.families import not_executable
 
 from hostile import raw
-from llama_mtp.gguf.header import BLOCKS
+from llama_mtp.gguf.types import BLOCKS
 
 NUMBERS = (0, 1, 2, 3, 7, 31, 33, 512, 513, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
 # Keys that the host reads where they are there, and that the constructed models do not have.

@@ -101,3 +101,22 @@ def test_both_thread_counts_default_to_all_cores_and_to_the_hosts_without_drafts
         plain = llama_cpp.Llama(str(model("hy_v3").path), verbose=False)
         assert (llm.n_threads, llm.n_threads_batch) == (plain.n_threads, plain.n_threads_batch)
         plain.close()
+
+
+@pytest.mark.parametrize(
+    ("version", "new_enough"),
+    [
+        *(("0.3.36", True), ("0.3.36rc1", True), ("0.3.36+cu124", True), ("0.3.36.post1", True)),
+        *(("0.4.0.dev2", True), ("1.0", True), ("0.3.35", False), ("0.3.35.post9", False)),
+        ("0.3.9", False),
+    ],
+)
+def test_versions_of_the_host(
+    monkeypatch: pytest.MonkeyPatch, version: str, new_enough: bool
+) -> None:
+    monkeypatch.setattr(host._package, "__version__", version)
+    if new_enough:
+        host.check_version()
+        return
+    with pytest.raises(HostVersionError, match=f"llama-cpp-python {version} cannot"):
+        host.check_version()

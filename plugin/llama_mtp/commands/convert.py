@@ -53,8 +53,11 @@ def graft(
     force: Force = False,
 ) -> None:
     """Join a model and a NextN head into one file that runs with MTP."""
+    from functools import partial
+
     from ..gguf.quantize import TYPES
     from ..heads import graft as tool
+    from ..measure.compare_files import compare_greedy
 
     for option, kind in (("--type", tensor_type), ("--output-type", output_type)):
         if kind is not None and kind.upper() not in TYPES:
@@ -67,8 +70,7 @@ def graft(
             type=tensor_type,
             output_type=output_type,
             replace_head=replace,
-            verify=24 if verify else 0,
-            n_threads=threads,
+            verify=partial(compare_greedy, n_threads=threads) if verify else None,
             force=force,
             progress=progress,
         )

@@ -1,4 +1,4 @@
-"""A bounds-checked scanner of GGUF headers that skips what a check at load does not need.
+"""A bounds-checked scanner of GGUF headers that skips what nobody asks for.
 
 The payload of an array is walked, never decoded, so that a vocabulary of 248k tokens costs
 milliseconds. Every count and length is compared with the bytes that are left before it is believed,
@@ -11,55 +11,23 @@ short kills the process that touches the missing part.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
 import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from io import FileIO
-from itertools import repeat
 from math import prod
 from pathlib import Path
 from typing import NoReturn
 
 from ..errors import ModelFileError
+from .types import BLOCKS, SCALARS, ValueType
 
-_U16_KIND, _U32_KIND, _STRING, _ARRAY = 2, 4, 8, 9
-# GGUF value type: how it is packed. BOOL is 7; 8 and 9 are strings and arrays.
-_SCALARS: dict[int, struct.Struct] = {
-    number: struct.Struct("<" + code) for number, code in enumerate("BbHhIif?__Qqd") if code != "_"
-}
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 # By number of dimensions, what follows it: the dimensions, the ggml type, the offset.
 _TENSORS = [struct.Struct(f"<{n_dims}QIQ") for n_dims in range(5)]
-
-# ggml type: (elements, bytes) of one block, from ggml.c. A type that is not listed is newer than
-# this table, or was removed: only the host can judge it.
-BLOCKS: dict[int, tuple[int, int]] = {
-    **{0: (1, 4), 1: (1, 2), 30: (1, 2)},  # F32, F16, BF16
-    **{24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8)},  # I8, I16, I32, I64, F64
-    **{2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36)},  # Q4_0..Q8_1
-    **{10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176)},  # Q2_K..Q5_K
-    **{14: (256, 210), 15: (256, 292)},  # Q6_K, Q8_K
-    **{
-        16: (256, 66),
-        17: (256, 74),
-        18: (256, 98),
-        19: (256, 50),
-    },  # IQ2_XXS, IQ2_XS, IQ3_XXS, IQ1_S
-    **{20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136)},  # IQ4_NL, IQ3_S, IQ2_S, IQ4_XS
-    **{19: (256, 50), 29: (256, 56), 34: (256, 54), 35: (256, 66)},  # IQ1_S, IQ1_M, TQ1_0, TQ2_0
-    **{39: (32, 17), 40: (64, 36), 41: (128, 18), 42: (64, 18)},  # MXFP4, NVFP4, Q1_0, Q2_0
-}
-
-# ggml type: its name, without the import of the package that knows them too.
-_TYPE_NAMES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1",
-    10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS",
-    17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
-    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0",
-    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0",
-}  # fmt: skip
 
 _SPLIT_NAME = re.compile(
     r"(?P<prefix>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL
@@ -79,7 +47,7 @@ _BUDGET = 2**28
 _COST_STRING, _COST_TOKEN, _COST_TOKEN_BYTE = 64, 96, 8
 _COST_ENTRY, _COST_TEXT, _COST_PART = 2**12, 16, 2**16
 
-_TOKENS = "tokenizer.ggml.tokens"
+TOKENS = "tokenizer.ggml.tokens"
 
 
 @dataclass(frozen=True)
@@ -126,42 +94,41 @@ class Header:
 
     Attributes:
         path: the file, or the first part.
-        version: GGUF version, 2 or 3.
         metadata: key to scalar, string or `ArrayInfo`; of a split file, the first part's.
-        tensors: name to tensor, in file order.
-        file_size: bytes, all parts together.
-        data_offset: where the (first part's) data section starts, in bytes.
-        parts: the files, one unless split.
         kinds: key to the number of its GGUF value type; of a split file, the first part's.
-        data_offsets: where each part's data section starts, in bytes.
         entries: key to (start, end): the bytes of its whole entry in the first part, from the
             length of the key to the end of the value.
+        tensors: name to tensor, in file order.
+        file_size: bytes, all parts together.
+        parts: the files, one unless split.
+        data_offsets: where each part's data section starts, in bytes.
+        repeats_token: the vocabulary has a token twice.
     """
 
     path: Path
-    version: int
     metadata: dict[str, object]
+    kinds: dict[str, int]
+    entries: dict[str, tuple[int, int]]
     tensors: dict[str, TensorInfo]
     file_size: int
-    data_offset: int
-    parts: tuple[Path, ...] = field(default=())
-    kinds: dict[str, int] = field(default_factory=dict)
-    data_offsets: tuple[int, ...] = field(default=())
-    entries: dict[str, tuple[int, int]] = field(default_factory=dict)
+    parts: tuple[Path, ...]
+    data_offsets: tuple[int, ...]
+    repeats_token: bool
 
 
-def read_header(path: str | os.PathLike[str], *, check_tokens: bool = False) -> Header:
+def read_header(path: str | os.PathLike[str], *, like: Header | None = None) -> Header:
     """Read the header of a GGUF file; a split one is followed from its first part.
 
     Args:
         path: the file, or the first part.
-        check_tokens: refuse a vocabulary with a token that occurs twice, on which llama.cpp aborts.
+        like: the header of another file, which may have the same vocabulary: lists of texts that
+            are equal byte for byte are not walked again.
 
     Raises:
         ModelFileError: the file is missing, no GGUF, damaged or truncated, or a part is missing.
     """
     first, budget = Path(path), _Budget()
-    header = _read_part(first, 0, budget, check_tokens)
+    header = _read_part(first, 0, budget, like)
     count = header.metadata.get("split.count", 1)
     if not isinstance(count, int) or count <= 1:
         return header
@@ -177,22 +144,20 @@ def read_header(path: str | os.PathLike[str], *, check_tokens: bool = False) -> 
             f"{shown(first)} is the first of {count} parts, and its name does not say so. Rename "
             f"the parts back to NAME-00001-of-{count:05}.gguf and so on."
         )
-    tensors, size, parts = dict(header.tensors), header.file_size, [first]
-    offsets = [header.data_offset]
+    parts, tensors = [header], dict(header.tensors)
     for part in range(1, count):
         name = f"{match['prefix']}-{part + 1:05}-of-{count:05}.gguf"
         other = _read_part(first.with_name(name), part, budget)
         # llama.cpp aborts where the number is there and of another type.
-        if other.metadata.get("split.no") != part or other.kinds["split.no"] != _U16_KIND:
+        number = other.metadata.get("split.no"), other.kinds.get("split.no")
+        if number != (part, ValueType.UINT16):
             raise ModelFileError(f"{shown(other.path)} is not part {part + 1}. Download it again.")
         if twice := tensors.keys() & other.tensors.keys():
             raise ModelFileError(
                 f"{shown(other.path)} repeats tensor {min(twice)!r}. Download the parts again."
             )
         tensors |= other.tensors
-        size += other.file_size
-        parts.append(other.path)
-        offsets.append(other.data_offset)
+        parts.append(other)
     expected = header.metadata.get("split.tensors.count", len(tensors))
     if expected != len(tensors):
         raise ModelFileError(
@@ -200,13 +165,12 @@ def read_header(path: str | os.PathLike[str], *, check_tokens: bool = False) -> 
             "Download the parts again."
         )
     return replace(
-        header, tensors=tensors, file_size=size, parts=tuple(parts), data_offsets=tuple(offsets)
+        header,
+        tensors=tensors,
+        file_size=sum(part.file_size for part in parts),
+        parts=tuple(part.path for part in parts),
+        data_offsets=tuple(offset for part in parts for offset in part.data_offsets),
     )
-
-
-def type_name(kind: int) -> str:
-    """Return the name of a ggml type, or its number where it is unknown here."""
-    return _TYPE_NAMES.get(kind, f"type {kind}")
 
 
 def shown(value: object) -> str:
@@ -215,7 +179,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
-def _read_part(path: Path, part: int, budget: _Budget, check_tokens: bool = False) -> Header:
+def _read_part(path: Path, part: int, budget: _Budget, like: Header | None = None) -> Header:
     try:
         if path.is_dir():
             raise ModelFileError(
@@ -225,7 +189,7 @@ def _read_part(path: Path, part: int, budget: _Budget, check_tokens: bool = Fals
         if not stat.S_ISREG(path.stat().st_mode):
             raise OSError("it is no regular file")
         with path.open("rb", buffering=0) as file:
-            return _Scanner(path, file, part, budget, check_tokens).header()
+            return _Scanner(path, file, part, budget, like).header()
     except ModelFileError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
@@ -246,13 +210,14 @@ class _Scanner:
     """A cursor over one file; it never moves past the end."""
 
     def __init__(
-        self, path: Path, file: FileIO, part: int, budget: _Budget, check_tokens: bool
+        self, path: Path, file: FileIO, part: int, budget: _Budget, like: Header | None
     ) -> None:
         self.path = path
         self.file = file
         self.part = part
         self.budget = budget
-        self.check_tokens = check_tokens
+        self.like = like
+        self.repeats_token = False
         self.size = os.fstat(file.fileno()).st_size
         self.pos = 0
         self.window = b""
@@ -346,12 +311,12 @@ class _Scanner:
             if not key or key in metadata:
                 self.fail(f"is damaged: metadata key {key!r} is empty or occurs twice")
             kinds[key] = self.u32(key)
-            metadata[key] = self.value(key, kinds[key])
+            metadata[key] = self.same_list(key, start) or self.value(key, kinds[key])
             entries[key] = (start, self.pos)
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             self.fail(f"is damaged: its alignment {alignment!r} is not a power of two")
-        if kinds.get("general.alignment", _U32_KIND) != _U32_KIND:
+        if kinds.get("general.alignment", ValueType.UINT32) != ValueType.UINT32:
             self.fail("is damaged: its alignment is no uint32")
         tensors: dict[str, TensorInfo] = {}
         for _ in range(n_tensors):
@@ -364,50 +329,72 @@ class _Scanner:
         self.check_extents(tensors, data_offset, alignment)
         return Header(
             path=self.path,
-            version=version,
             metadata=metadata,
+            kinds=kinds,
+            entries=entries,
             tensors=tensors,
             file_size=self.size,
-            data_offset=data_offset,
             parts=(self.path,),
-            kinds=kinds,
             data_offsets=(data_offset,),
-            entries=entries,
+            repeats_token=self.repeats_token,
         )
 
+    def same_list(self, key: str, start: int) -> ArrayInfo | None:
+        """Step over a list of texts that the other file has too; None where it has not.
+
+        The whole entries are compared, the present one from position ``start``.
+        """
+        info = self.like.metadata.get(key) if self.like is not None else None
+        if self.like is None or not isinstance(info, ArrayInfo) or info.type != ValueType.STRING:
+            return None
+        begin, end = self.like.entries[key]
+        with contextlib.suppress(OSError), self.like.path.open("rb", buffering=0) as other:
+            other.seek(begin)
+            self.file.seek(start)
+            for at in range(begin, end, _WINDOW):
+                n_bytes = min(_WINDOW, end - at)
+                if self.file.read(n_bytes) != other.read(n_bytes):
+                    return None
+            self.skip(start + end - begin - self.pos, key)
+            self.repeats_token |= key == TOKENS and self.like.repeats_token
+            return info
+        return None
+
     def value(self, key: str, kind: int) -> object:
-        if kind == _STRING:
+        if kind == ValueType.STRING:
             n_bytes = self.u64(key)
             if n_bytes <= _MAX_TEXT:
                 return self.text(n_bytes, key)
             self.skip(n_bytes, key)
             return ArrayInfo(0, n_bytes)
-        if kind == _ARRAY:
+        if kind == ValueType.ARRAY:
             return self.array(key)
-        if packed := _SCALARS.get(kind):
+        if packed := SCALARS.get(kind):
             start = self.take(packed.size, key)
             return packed.unpack_from(self.window, start)[0]
         self.fail(f"is damaged: metadata key {key!r} has the unknown type {kind}")
 
     def array(self, key: str) -> ArrayInfo:
         kind = self.u32(key)
-        if scalar := _SCALARS.get(kind):
+        if scalar := SCALARS.get(kind):
             count = self.count(scalar.size, f"elements of {key!r}")
             self.skip(count * scalar.size, key)
-        elif kind == _STRING:
+        elif kind == ValueType.STRING:
             count = self.count(8, f"elements of {key!r}")
             self.spend(_COST_STRING * count)
-            start = self.pos
-            self.skip_strings(count, key)
-            if self.check_tokens and key == _TOKENS:
-                self.compare_tokens(count, start)
+            if key == TOKENS:
+                self.spend(_COST_TOKEN * count)
+                self.repeats_token = _repeats(self.texts(count, key))
+            else:
+                self.skip_texts(count, key)
         else:
             self.fail(f"is damaged: array {key!r} has the unknown element type {kind}")
         return ArrayInfo(kind, count)
 
-    def skip_strings(self, count: int, key: str) -> None:
-        # The hot loop of the file: half a million turns for a large vocabulary and its merges. It
-        # relies on unpack_from to refuse a place outside the window, which is then moved on.
+    # Both are hot loops, of half a million turns for a large vocabulary and its merges. They rely
+    # on unpack_from to refuse a place outside the window, which is then moved on.
+
+    def skip_texts(self, count: int, key: str) -> None:
         length_at = _U64.unpack_from
         while count:
             window, at, done = self.window, self.pos - self.window_at, 0
@@ -423,25 +410,28 @@ class _Scanner:
                 self.take(8, key)
                 self.pos -= 8
 
-    def compare_tokens(self, count: int, start: int) -> None:
-        """Refuse a vocabulary, from position `start` to here, with a token that occurs twice.
-
-        llama.cpp aborts on it. It reads a token up to its first zero byte, and gives an empty one a
-        name of its own.
-        """
-        n_bytes = self.pos - start
-        self.spend(_COST_TOKEN * count + _COST_TOKEN_BYTE * n_bytes)
-        self.look(start, n_bytes)
-        strings, at, length_at = self.window, 0, _U64.unpack_from
-        tokens = []
-        for _ in repeat(None, count):
-            end = at + 8 + length_at(strings, at)[0]
-            tokens.append(strings[at + 8 : end])
-            at = end
-        if b"\0" in b"".join(tokens):
-            tokens = [token.partition(b"\0")[0] for token in tokens]
-        if len(set(tokens)) != count - max(tokens.count(b"") - 1, 0):
-            self.fail("has a token twice in its vocabulary, which llama.cpp aborts on")
+    def texts(self, count: int, key: str) -> list[bytes]:
+        length_at = _U64.unpack_from
+        found: list[bytes] = []
+        while len(found) < count:
+            n_bytes = self.u64(key)
+            self.spend(_COST_TOKEN_BYTE * n_bytes)
+            start = self.take(n_bytes, key)
+            window = self.window
+            found.append(window[start : start + n_bytes])
+            at, end = start + n_bytes, len(window)
+            with contextlib.suppress(struct.error):
+                for _ in range(len(found), count):
+                    start = at + 8
+                    stop = start + length_at(window, at)[0]
+                    if stop > end:
+                        break
+                    found.append(window[start:stop])
+                    at = stop
+            n_bytes = self.window_at + at - self.pos
+            self.skip(n_bytes, key)
+            self.spend(_COST_TOKEN_BYTE * n_bytes)
+        return found
 
     def tensor(self) -> TensorInfo:
         name = self.name(_MAX_NAME, "the name of a tensor")
@@ -478,3 +468,13 @@ class _Scanner:
                     f"the file at {self.size}",
                     "Download it again.",
                 )
+
+
+def _repeats(tokens: list[bytes]) -> bool:
+    """Whether llama.cpp, which aborts on it, would find a token twice.
+
+    It reads a token up to its first zero byte, and gives an empty one a name of its own.
+    """
+    if b"\0" in b"".join(tokens):
+        tokens = [token.partition(b"\0")[0] for token in tokens]
+    return len(set(tokens)) != len(tokens) - max(tokens.count(b"") - 1, 0)

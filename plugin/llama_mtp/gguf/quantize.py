@@ -19,19 +19,16 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from ..errors import ModelFileError
-from .header import BLOCKS
+from .types import BLOCKS, F16, NUMBERS, Q8_0
 from .write import CHUNK, Chunk, TensorSource
 
 Floats = npt.NDArray[np.float32]
 
 TYPES: dict[str, int] = {
-    name: int(GGMLQuantizationType[name])
+    name: NUMBERS[name]
     for name in ["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q4_0"]
 }
 """Types that matrices can be stored in, by name: those that need no importance matrix."""
-
-# Where the rows of a matrix are no multiple of the block: the next that keeps more.
-_FALLBACK = [GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16]
 
 
 def type_number(name: str) -> int:
@@ -57,11 +54,9 @@ def is_matrix(tensor: TensorSource) -> bool:
 
 def type_for(tensor: TensorSource, wanted: int) -> int:
     """Return the type a tensor will have: ``wanted``, or the fallback that its rows divide into."""
-    row = tensor.shape[0]
-    for kind in (wanted, *_FALLBACK):
-        if row % BLOCKS[kind][0] == 0:
-            return int(kind)
-    raise AssertionError("every row is a multiple of one value")
+    # Where the rows are no multiple of the block: the next that keeps more.
+    kinds = (wanted, Q8_0, F16)
+    return next(kind for kind in kinds if tensor.shape[0] % BLOCKS[kind][0] == 0)
 
 
 def requantize(tensor: TensorSource, wanted: int) -> TensorSource:
@@ -111,21 +106,12 @@ def rows_of(tensor: TensorSource) -> Iterator[Floats]:
     try:
         for data in _regroup(tensor.chunks(), row_bytes * at_once):
             raw = np.frombuffer(data, np.uint8).reshape(-1, row_bytes)
-            yield _floats(raw, GGMLQuantizationType(tensor.type))
+            yield dequantize(raw, GGMLQuantizationType(tensor.type))
     except (NotImplementedError, ValueError) as error:
         raise ModelFileError(
             f"Tensor {tensor.name} cannot be read as numbers: {error}. "
             "Keep its type, or use a head in F16 or BF16."
         ) from error
-
-
-def _floats(raw: npt.NDArray[np.uint8], kind: GGMLQuantizationType) -> Floats:
-    if kind == GGMLQuantizationType.F32:
-        return raw.view(np.float32)
-    if kind == GGMLQuantizationType.F16:
-        return raw.view(np.float16).astype(np.float32)
-    values: Floats = dequantize(raw, kind)
-    return values
 
 
 def _regroup(chunks: Iterator[Chunk], n_bytes: int) -> Iterator[bytes]:
@@ -146,7 +132,7 @@ def _fit(values: Floats, kind: int, name: str) -> Floats:
         raise ModelFileError(
             f"Tensor {name} has values that are not finite. Convert or download it again."
         )
-    if kind == GGMLQuantizationType.F16 and np.abs(values).max(initial=0) > 65504:
+    if kind == F16 and np.abs(values).max(initial=0) > 65504:
         raise ModelFileError(f"Tensor {name} has values beyond the range of F16. Use BF16.")
     return np.ascontiguousarray(values)
 

@@ -15,7 +15,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,34 +58,6 @@ class TensorSource:
     chunks: Callable[[], Iterator[Chunk]]
     path: Path | None = None
     offset: int = 0
-
-
-@dataclass(frozen=True)
-class HeadSource:
-    """A NextN head, wherever it was read from.
-
-    Attributes:
-        architecture: the architecture of the models that it fits; empty if its file does not say.
-        n_heads: number of NextN blocks.
-        n_embd: width of the hidden rows; 0 if its file does not say.
-        tensors: named as in a joined file, with the block index *relative* to the first NextN
-            block: ``blk.0.nextn.eh_proj.weight``, ``blk.0.attn_q.weight``, ``blk.1....``; only
-            what the joined file gains. Tensors without ``blk.`` keep their names.
-        origin: the name of the file or folder, to be recorded in the joined file.
-        metadata: key to entry (see `entries`), as the joined file of this head would have it. Where
-            it has ``tokenizer.ggml.tokens`` and ``tokenizer.ggml.merges`` they must be those of
-            the base. ``{arch}.*`` keys give the head's own values: a per-layer array has either
-            ``{arch}.block_count`` entries or `n_heads`, and the last `n_heads` are the head's.
-        n_vocab: tokens in the vocabulary of a head whose metadata does not list them; 0 if unknown.
-    """
-
-    architecture: str
-    n_heads: int
-    n_embd: int
-    tensors: tuple[TensorSource, ...]
-    origin: str
-    metadata: Mapping[str, bytes] = field(default_factory=dict)
-    n_vocab: int = 0
 
 
 # --- tensors --------------------------------------------------------------------------------------

@@ -18,6 +18,10 @@ snapshots; a copy from before the drafts and a replay bring it back.
 """
 
 
+OWN_OUTPUT = "nextn.shared_head_head.weight"
+"""Of a NextN block: an output matrix that this head alone reads."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One architecture whose NextN graph llama.cpp can execute.

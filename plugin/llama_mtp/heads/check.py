@@ -6,10 +6,9 @@ So this is asked before anything native runs.
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ..gguf.header import Header, read_header
+from ..gguf.model import Gguf, StrPath
 from .architectures import ARCHITECTURES, NOT_EXECUTABLE, Architecture, Rollback, rollback_of
 from .check_aborts import refuse_what_aborts
 
@@ -43,6 +42,7 @@ class HeadReport:
         shares_kv: the head reads the KV cache of its target.
         untested: no release of this package has run the architecture's head.
         narrow: the head has a part of the model's vocabulary only.
+        file: what was checked.
     """
 
     architecture: str
@@ -61,17 +61,18 @@ class HeadReport:
     shares_kv: bool
     untested: bool
     narrow: bool
+    file: Gguf = field(compare=False, repr=False)
 
 
 def check_head(
-    path: str | os.PathLike[str], *, target: HeadReport | None = None, allow_untested: bool = False
+    file: Gguf | StrPath, *, target: HeadReport | None = None, allow_untested: bool = False
 ) -> HeadReport:
-    """Say whether the NextN head of the GGUF at `path` can be executed, and if not, why.
+    """Say whether the NextN head of a GGUF can be executed, and if not, why.
 
     A file without a head is no error: the report says so.
 
     Args:
-        path: the model; of a split one, the first part.
+        file: the model; of a split one, the first part.
         target: the report on the model that a head in a file of its own belongs to.
         allow_untested: let pass a head that no release of this package has run.
 
@@ -79,30 +80,19 @@ def check_head(
         ModelFileError: the file is unreadable, no GGUF, damaged or truncated, or has values that
             libllama aborts on.
     """
-    header = read_header(path, check_tokens=True)
-    return report_on(header, target=target, allow_untested=allow_untested)
-
-
-def report_on(
-    header: Header, *, target: HeadReport | None = None, allow_untested: bool = False
-) -> HeadReport:
-    """As `check_head`, for a header that was read already, or is about to be written."""
-    refuse_what_aborts(header)
-    name = header.metadata.get("general.architecture")
-    name = name if isinstance(name, str) else ""
-    n_layers = _integer(header, f"{name}.block_count")
-    n_heads = _integer(header, f"{name}.nextn_predict_layers")
-    n_trunk = n_layers - n_heads
-    untested = n_heads > 0 and name not in ARCHITECTURES and name not in NOT_EXECUTABLE
+    model = Gguf.open(file, like=None if target is None else target.file)
+    refuse_what_aborts(model)
+    name, heads = model.architecture, model.declared
+    untested = bool(heads) and name not in ARCHITECTURES and name not in NOT_EXECUTABLE
     architecture = ARCHITECTURES.get(name) or (Architecture(gathers=True) if untested else None)
-    missing = _missing(header, architecture, n_trunk, n_heads)
-    reason, remedy = _obstacle(header, name, n_trunk, n_heads, missing, target, allow_untested)
+    missing = _missing(model, architecture)
+    reason, remedy = _obstacle(model, missing, target, allow_untested)
     return HeadReport(
         architecture=name,
-        n_layer_trunk=n_trunk,
-        n_heads=n_heads,
-        n_embd=_integer(header, f"{name}.embedding_length"),
-        n_ctx_train=_integer(header, f"{name}.context_length"),
+        n_layer_trunk=heads.start,
+        n_heads=len(heads),
+        n_embd=model.number("embedding_length") or 0,
+        n_ctx_train=model.number("context_length") or 0,
         missing=missing,
         executable=not reason,
         reason=reason and f"{reason}.",
@@ -110,28 +100,22 @@ def report_on(
         rollback=rollback_of(name),
         gathers=architecture is not None and architecture.gathers,
         mrope=architecture is not None and architecture.mrope,
-        chained=architecture is not None and architecture.chained and n_heads > 1,
+        chained=architecture is not None and architecture.chained and len(heads) > 1,
         shares_kv=architecture is not None and architecture.shares_kv,
         untested=untested,
-        narrow=any(key.startswith(NARROW) for key in header.metadata),
+        narrow=any(key.startswith(NARROW) for key in model.metadata),
+        file=model,
     )
 
 
-def _integer(header: Header, key: str) -> int:
-    value = header.metadata.get(key, 0)
-    return value if isinstance(value, int) and value >= 0 else 0
-
-
-def _missing(
-    header: Header, architecture: Architecture | None, n_trunk: int, n_heads: int
-) -> tuple[str, ...]:
+def _missing(model: Gguf, architecture: Architecture | None) -> tuple[str, ...]:
     """The tensors that the head's graph uses and the file lacks."""
     if architecture is None or architecture.shares_kv:
         return ()
     missing = []
-    for block in range(n_trunk, n_trunk + n_heads):
+    for block in model.declared:
         prefix = f"blk.{block}."
-        present = {t.removeprefix(prefix) for t in header.tensors if t.startswith(prefix)}
+        present = {t.removeprefix(prefix) for t in model.tensors if t.startswith(prefix)}
         wanted = [t for t in (*_HEAD, *architecture.requires) if t not in present]
         lacks = [[t for t in one if t not in present] for one in architecture.one_of]
         fewest: list[str] = min(lacks, key=len, default=[])
@@ -147,15 +131,10 @@ def _missing(
 
 
 def _obstacle(
-    header: Header,
-    name: str,
-    n_trunk: int,
-    n_heads: int,
-    missing: tuple[str, ...],
-    target: HeadReport | None,
-    allow_untested: bool,
+    model: Gguf, missing: tuple[str, ...], target: HeadReport | None, allow_untested: bool
 ) -> tuple[str, str]:
     """Reason and remedy; both empty if nothing is in the way."""
+    name, n_heads = model.architecture, len(model.declared)
     if not name:
         return "the file does not say its architecture", "Convert or download the model again."
     if n_heads == 0:
@@ -176,28 +155,26 @@ def _obstacle(
             _RUN_STOCK,
         )
     if target is not None:
-        if obstacle := _foreign(header, name, architecture, target):
-            return obstacle
+        if reason := _foreign(model, architecture, target):
+            return reason, "Pass the head that was made for this model."
     elif architecture and architecture.shares_kv:
         return (
             f"a {name} file is a head without the model it belongs to",
             f"Load the {architecture.target} model, and pass this file as spec_draft_model.",
         )
-    elif n_trunk == 0 or not any(tensor.startswith("blk.0.") for tensor in header.tensors):
+    elif not model.has_trunk:
         return (
             "the file holds a NextN head without the model it belongs to",
             "Load the GGUF of the model, and pass this file as spec_draft_model.",
         )
-    indexer, key = (
-        _integer(header, f"{name}.attention.{part}key_length") for part in ("indexer.", "")
-    )
+    indexer, key = (model.number(f"attention.{part}key_length") or 0 for part in ("indexer.", ""))
     if name == "deepseek4" and indexer == key:
         return (
             f"indexer and keys are both {key} wide, and llama.cpp then divides by zero in the "
             "head's context",
             _RUN_STOCK,
         )
-    if name == "glm4moe" and f"{name}.rope.dimension_sections" in header.metadata:
+    if name == "glm4moe" and f"{name}.rope.dimension_sections" in model.metadata:
         return (
             "the file has positions in three dimensions (M-RoPE), and llama.cpp's NextN graph for "
             f"{name} aborts on them",
@@ -213,21 +190,14 @@ def _obstacle(
     return "", ""
 
 
-def _foreign(
-    header: Header, name: str, architecture: Architecture | None, target: HeadReport
-) -> tuple[str, str] | None:
-    """Why a head in a file of its own does not belong to the target; None if it may."""
+def _foreign(model: Gguf, architecture: Architecture | None, target: HeadReport) -> str:
+    """Why a head in a file of its own does not belong to the target; empty if it may."""
+    name = model.architecture
     wanted = (architecture and architecture.target) or name
     if target.architecture != wanted:
-        return (
-            f"a {name} head belongs to a {wanted} model, and this one is {target.architecture}",
-            "Pass the head that was made for this model.",
-        )
+        return f"a {name} head belongs to a {wanted} model, and this one is {target.architecture}"
     key = "embedding_length_out" if architecture and architecture.shares_kv else "embedding_length"
-    width = _integer(header, f"{name}.{key}")
+    width = model.number(key) or 0
     if width != target.n_embd:
-        return (
-            f"the head reads hidden rows of {width} floats, and the model has {target.n_embd}",
-            "Pass the head that was made for this model.",
-        )
-    return None
+        return f"the head reads hidden rows of {width} floats, and the model has {target.n_embd}"
+    return ""

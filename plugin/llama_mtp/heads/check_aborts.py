@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..errors import ModelFileError
-from ..gguf.header import ArrayInfo, Header, shown
+from ..gguf.header import ArrayInfo, shown
+from ..gguf.model import Gguf
+from ..gguf.types import SCALARS
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 LAST_GATING = 4  # LLAMA_EXPERT_GATING_FUNC_TYPE_SQRT_SOFTPLUS
 
-_UINT32 = 4
 _ROPE_SCALING = ("none", "linear", "yarn", "longrope")
 # I8, I16, I32, I64 and F64: types that no row can be looked up in.
 _NO_WEIGHTS = frozenset({24, 25, 26, 27, 28})
@@ -51,56 +52,22 @@ _WHOLE_ROPE = frozenset(
 )
 
 
-def refuse_what_aborts(header: Header) -> None:
-    """Raise ModelFileError for a header that libllama would not survive."""
-    name = header.metadata.get("general.architecture")
-    for fault in _faults(_Keys(header, name if isinstance(name, str) else "")):
+def refuse_what_aborts(model: Gguf) -> None:
+    """Raise ModelFileError for a file that libllama would not survive, by its header."""
+    for fault in _faults(model):
         raise ModelFileError(
-            f"{shown(header.path)} {shown(fault)}, which llama.cpp aborts on. "
+            f"{shown(model.path)} {shown(fault)}, which llama.cpp aborts on. "
             "Convert or download the model again."
         )
 
 
-class _Keys:
-    """The metadata of an architecture, as libllama reads them: of the right type, or an error."""
-
-    def __init__(self, header: Header, architecture: str) -> None:
-        self.header = header
-        self.architecture = architecture
-
-    def integer(self, key: str) -> int | None:
-        value = self.header.metadata.get(f"{self.architecture}.{key}")
-        return value if isinstance(value, int) else None
-
-    def number(self, key: str) -> int | None:
-        """None where the key is absent, or libllama would answer its type with an error."""
-        kind = self.header.kinds.get(f"{self.architecture}.{key}", _UINT32)
-        return self.integer(key) if kind == _UINT32 else None
-
-    def text(self, key: str) -> str | None:
-        value = self.header.metadata.get(f"{self.architecture}.{key}")
-        return value if isinstance(value, str) else None
-
-    def all_zero(self, key: str) -> bool:
-        """Whether the key is an array of numbers for the layers, none of which is set."""
-        key = f"{self.architecture}.{key}"
-        info, entry = self.header.metadata.get(key), self.header.entries.get(key)
-        if not isinstance(info, ArrayInfo) or entry is None or info.count > MAX_LAYERS:
-            return False
-        start, end = entry[0] + 8 + len(key.encode()) + 16, entry[1]
-        try:
-            with self.header.path.open("rb") as file:
-                file.seek(start)
-                return not any(file.read(end - start))
-        except OSError:  # of a file that is about to be written, nothing is known yet
-            return False
-
-
-def _faults(keys: _Keys) -> Iterator[str]:
-    yield from _layers(keys)
-    yield from _experts(keys)
-    yield from _attention(keys)
-    for tensor in keys.header.tensors.values():
+def _faults(model: Gguf) -> Iterator[str]:
+    if model.repeats_token:
+        yield "has a token twice in its vocabulary"
+    yield from _layers(model)
+    yield from _experts(model)
+    yield from _attention(model)
+    for tensor in model.tensors.values():
         looked_up = tensor.name in ("token_embd.weight", "per_layer_token_embd.weight")
         if tensor.type in _NO_WEIGHTS and (looked_up or ".nextn.embed_tokens." in tensor.name):
             yield f"stores {tensor.name} as whole numbers or doubles"
@@ -108,22 +75,22 @@ def _faults(keys: _Keys) -> Iterator[str]:
             yield f"stores {tensor.name} as something else than F32"
 
 
-def _layers(keys: _Keys) -> Iterator[str]:
-    # Of any type: whoever counts layers later relies on these bounds.
-    n_layers, n_heads = keys.integer("block_count"), keys.integer("nextn_predict_layers") or 0
+def _layers(model: Gguf) -> Iterator[str]:
+    n_layers, n_heads = model.number("block_count"), model.number("nextn_predict_layers") or 0
     impossible = n_layers is not None and not 0 < n_layers <= MAX_LAYERS
     if impossible or n_heads > (n_layers or 0):
         yield f"declares {n_layers or 0} layers with {n_heads} NextN layers among them"
 
 
-def _experts(keys: _Keys) -> Iterator[str]:
-    n_experts = keys.number("expert_count") or 0
-    if keys.architecture in _EXPERTS_OPTIONAL and n_experts <= 1:
+def _experts(model: Gguf) -> Iterator[str]:
+    number = model.number
+    n_experts = number("expert_count") or 0
+    if model.architecture in _EXPERTS_OPTIONAL and n_experts <= 1:
         return
-    per_layer = f"{keys.architecture}.expert_used_count" in keys.header.metadata
-    n_used = keys.number("expert_used_count")
-    n_groups = keys.number("expert_group_count") or 0
-    n_groups_used = keys.number("expert_group_used_count") or 0
+    per_layer = f"{model.architecture}.expert_used_count" in model.metadata
+    n_used = number("expert_used_count")
+    n_groups = number("expert_group_count") or 0
+    n_groups_used = number("expert_group_used_count") or 0
     if n_experts > MAX_EXPERTS:
         yield f"declares {n_experts} experts"
     # A list has another number for every layer, and is not read here.
@@ -131,7 +98,7 @@ def _experts(keys: _Keys) -> Iterator[str]:
         n_used = min(1, n_experts)
     if not (n_used or 0) <= n_experts or (n_experts and not n_used):
         yield f"uses {n_used or 0} of {n_experts} experts"
-    gating = keys.number("expert_gating_func") or 0
+    gating = number("expert_gating_func") or 0
     if gating > LAST_GATING:
         yield f"chooses its experts by the unknown function {gating}"
     if n_groups and (
@@ -141,53 +108,64 @@ def _experts(keys: _Keys) -> Iterator[str]:
         yield f"uses {n_groups_used} of {n_groups} groups of {n_experts} experts"
 
 
-def _attention(keys: _Keys) -> Iterator[str]:
-    scaling = keys.text("rope.scaling.type")
-    if scaling is not None and scaling not in _ROPE_SCALING:
+def _attention(model: Gguf) -> Iterator[str]:
+    number = model.number
+    scaling = model.metadata.get(f"{model.architecture}.rope.scaling.type")
+    if isinstance(scaling, str) and scaling not in _ROPE_SCALING:
         yield f"has the unknown RoPE scaling {scaling!r}"
-    if keys.architecture in _SLIDING:
-        every = keys.number("attention.sliding_window_pattern")
-        if every == 1 or keys.all_zero("attention.sliding_window_pattern"):
+    if model.architecture in _SLIDING:
+        every = number("attention.sliding_window_pattern")
+        if every == 1 or _all_zero(model, "attention.sliding_window_pattern"):
             yield "has a sliding window and no layer that uses it"
-    if keys.architecture in _ONE_WIDTH:
+    if model.architecture in _ONE_WIDTH:
         for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-            whole, window = keys.number(name), keys.number(f"{name}_swa")
+            whole, window = number(name), number(f"{name}_swa")
             if None not in (whole, window) and whole != window:
                 yield f"has {name} {window} in the window and {whole} elsewhere"
-    if keys.number("full_attention_interval") == 0:
+    if number("full_attention_interval") == 0:
         yield "has full attention in every 0th layer"
-    if keys.architecture in _WHOLE_ROPE:
-        width, n_heads = keys.number("embedding_length"), keys.number("attention.head_count")
-        rotated, head = keys.number("rope.dimension_count"), keys.number("attention.key_length")
+    if model.architecture in _WHOLE_ROPE:
+        width, n_heads = number("embedding_length"), number("attention.head_count")
+        rotated, head = number("rope.dimension_count"), number("attention.key_length")
         if head is None and width and n_heads:
             head = width // n_heads
         if None not in (rotated, head) and rotated != head:
             yield f"rotates {rotated} of {head} numbers of a head"
-        if None not in (head, values := keys.number("attention.value_length")) and values != head:
+        if None not in (head, values := number("attention.value_length")) and values != head:
             yield f"has keys of {head} and values of {values} in a head"
-    if keys.architecture in _LATENT:
-        key, rotated = keys.number("attention.key_length_mla"), keys.number("rope.dimension_count")
-        latent, row = keys.number("attention.kv_lora_rank"), keys.number("attention.key_length")
+    if model.architecture in _LATENT:
+        key, rotated = number("attention.key_length_mla"), number("rope.dimension_count")
+        latent, row = number("attention.kv_lora_rank"), number("attention.key_length")
         if key and rotated is not None and key <= rotated:
             yield f"rotates {rotated} of {key} numbers of a head"
         if key and None not in (latent, rotated, row) and row != (latent or 0) + (rotated or 0):
             yield f"has keys of {row} that are made of {latent} and {rotated}"
-        if key and keys.number("attention.head_count_kv") not in (None, 1):
-            yield f"has {keys.number('attention.head_count_kv')} latent keys in a layer"
-    if keys.architecture == "deepseek4":
-        head, rotated = keys.number("attention.key_length"), keys.number("rope.dimension_count")
+        if key and number("attention.head_count_kv") not in (None, 1):
+            yield f"has {number('attention.head_count_kv')} latent keys in a layer"
+    if model.architecture == "deepseek4":
+        head, rotated = number("attention.key_length"), number("rope.dimension_count")
         if head is not None and (rotated or 0) > head:
             yield f"rotates {rotated} of {head} numbers of a head"
-        if keys.number("attention.head_count_kv") not in (None, 1):
-            yield f"has {keys.number('attention.head_count_kv')} keys in a layer"
-    if keys.architecture in _INDEXED and (width := keys.number("attention.indexer.key_length")):
+        if number("attention.head_count_kv") not in (None, 1):
+            yield f"has {number('attention.head_count_kv')} keys in a layer"
+    if model.architecture in _INDEXED and (width := number("attention.indexer.key_length")):
         blocks, rest = divmod(width, 64)  # deepseek4 rotates block by block, the others at once
-        if rest or (keys.architecture != "deepseek4" and blocks & (blocks - 1)):
+        if rest or (model.architecture != "deepseek4" and blocks & (blocks - 1)):
             yield f"has an indexer that is {width} wide"
-    if keys.architecture in _GATED_DELTA:
-        inner, state = keys.number("ssm.inner_size"), keys.number("ssm.state_size")
-        heads, groups = keys.number("ssm.time_step_rank"), keys.number("ssm.group_count")
+    if model.architecture in _GATED_DELTA:
+        inner, state = number("ssm.inner_size"), number("ssm.state_size")
+        heads, groups = number("ssm.time_step_rank"), number("ssm.group_count")
         if inner is not None and inner != (state or 0) * (heads or 0):
             yield f"has {heads} linear-attention heads of {state} that make {inner}"
         if groups and heads and heads % groups:
             yield f"has {heads} linear-attention heads in {groups} groups"
+
+
+def _all_zero(model: Gguf, name: str) -> bool:
+    """Whether a key is a list of numbers for the layers, none of which is set."""
+    key = f"{model.architecture}.{name}"
+    info = model.metadata.get(key)
+    if not isinstance(info, ArrayInfo) or info.type not in SCALARS or info.count > MAX_LAYERS:
+        return False
+    values = model.array(key)  # none of a file that is about to be written
+    return bool(values) and not any(values)

@@ -7,37 +7,26 @@ file.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .._version import __version__
 from ..errors import ModelFileError
-from ..gguf.header import Header, TensorInfo, read_header, type_name
+from ..gguf.header import TensorInfo
 from ..gguf.metadata import decode, elements_type, entry
+from ..gguf.model import Gguf, StrPath, block_of
 from ..gguf.quantize import is_matrix, requantize, type_for, type_number
-from ..gguf.write import HeadSource, Progress, TensorSource, check_destination, stored, write_gguf
-from ..measure.draft_cost import OWN_OUTPUT, output_matrix
-from .architectures import ARCHITECTURES, NOT_EXECUTABLE
-from .check import report_on
+from ..gguf.types import type_name
+from ..gguf.write import Progress, TensorSource, check_destination, stored, write_gguf
+from .architectures import ARCHITECTURES, NOT_EXECUTABLE, OWN_OUTPUT
+from .check import check_head
 from .match import check_match
-from .split import (
-    PER_LAYER,
-    PROVENANCE,
-    Blocks,
-    block_of,
-    blocks_of,
-    head_counts,
-    in_head,
-    integer,
-    plain_metadata,
-    trunk_metadata,
-    trunk_tensors,
-)
+from .source import HeadSource
+from .split import PER_LAYER, PROVENANCE, head_counts, plain_metadata, trunk_metadata
 
 # Tensors outside the blocks that a deepseek4 head has its own of. One file has one place for them.
 _OWN_TOP = ("output_hc_fn.weight", "output_hc_base.weight", "output_hc_scale.weight")
@@ -63,15 +52,14 @@ class GraftReport:
 
 
 def graft(
-    base: str | os.PathLike[str],
-    head: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    base: Gguf | StrPath,
+    head: StrPath,
+    out: StrPath,
     *,
     type: str | None = None,
     output_type: str | None = None,
     replace_head: bool = False,
-    verify: int = 0,
-    n_threads: int | None = None,
+    verify: Callable[[Path, Path], None] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> GraftReport:
@@ -88,9 +76,7 @@ def graft(
         output_type: give every head an output matrix of its own in this type: its own stored anew,
             or else a copy of the base's. A draft step then reads that one; the text is the base's.
         replace_head: where the base has a head already, put the new one in its place.
-        verify: before the file gets its name, load base and result and compare as many greedy
-            tokens; 0: don't.
-        n_threads: threads to verify with; default: the host's.
+        verify: called with base and result before the result gets its name; raises to refuse it.
         force: overwrite ``out``.
         progress: called as data is written.
 
@@ -102,19 +88,18 @@ def graft(
     """
     wanted = None if type is None else type_number(type)
     output = None if output_type is None else type_number(output_type)
-    out = Path(out)
-    trunk = read_header(base)
-    blocks = blocks_of(trunk)
-    _check_base(trunk, blocks, replace_head=replace_head)
-    source, inputs = open_head(Path(head), trunk)
-    check_destination(out, [*trunk.parts, *inputs], force=force)
-    metadata = trunk_metadata(trunk, blocks)
-    notes = check_match(trunk, blocks, metadata, source)
+    out, trunk = Path(out), Gguf.open(base)
+    _check_base(trunk, replace_head=replace_head)
+    source = open_head(Path(head), trunk)
+    check_destination(out, [*trunk.parts, *source.files], force=force)
+    metadata = trunk_metadata(trunk)
+    notes = check_match(trunk, metadata, source)
 
-    tensors = [_place(tensor, blocks.n_trunk) for tensor in source.tensors]
+    n_trunk = trunk.heads.start
+    tensors = [replace(t, name=_renumber(t.name, n_trunk)) for t in source.tensors]
     own: list[TensorSource] = []
     if output is not None:
-        own, tensors = _own_outputs(trunk, blocks.n_trunk, source.n_heads, tensors)
+        own, tensors = _own_outputs(trunk, source.n_heads, tensors)
         notes += _fallbacks(own, output)
         own = [requantize(tensor, output) for tensor in own]
     if wanted is not None:
@@ -123,24 +108,16 @@ def graft(
     tensors += own
     matrices = [t.type for t in tensors if is_matrix(t)] or [t.type for t in tensors]
     types = {type_name(kind): n for kind, n in Counter(matrices).most_common()}
-    metadata = _joined_metadata(metadata, plain_metadata(trunk), blocks, source)
-    metadata |= _provenance(trunk, source, types)
-    every = trunk_tensors(trunk, blocks) + tensors
-    _check_result(trunk, blocks, source, every)
-
-    def accept(path: Path) -> None:
-        from ..measure.compare_files import compare_greedy
-
-        compare_greedy(trunk.path, path, n_tokens=verify, n_threads=n_threads)
-
+    every = _trunk_sources(trunk) + tensors
+    _check_result(trunk, source, every)
     size = write_gguf(
         out,
-        metadata,
+        _joined_metadata(trunk, metadata, source) | _provenance(trunk, source, types),
         every,
         checked=frozenset(t.name for t in tensors),
         padding=PROVENANCE + "padding",
         progress=progress,
-        accept=accept if verify else None,
+        accept=None if verify is None else lambda path: verify(trunk.path, path),
     )
     return GraftReport(out, size, source.n_heads, types, tuple(notes))
 
@@ -148,8 +125,8 @@ def graft(
 # --- the head -------------------------------------------------------------------------------------
 
 
-def open_head(path: Path, base: Header) -> tuple[HeadSource, tuple[Path, ...]]:
-    """Return the head in a GGUF or a checkpoint's folder, and the files that it is read from.
+def open_head(path: Path, base: Gguf) -> HeadSource:
+    """Return the head in a GGUF or in the folder of a Hugging Face checkpoint.
 
     Raises:
         ModelFileError: it is unreadable or damaged, or holds no head.
@@ -157,68 +134,59 @@ def open_head(path: Path, base: Header) -> tuple[HeadSource, tuple[Path, ...]]:
     if path.is_dir():
         from .hf.reader import read_head
 
-        return read_head(path, base), tuple(path.iterdir())
+        return read_head(path, base)
     if path.suffix in (".safetensors", ".json") and path.is_file():
         raise ModelFileError(
             f"{path} is a part of a checkpoint. Name its folder instead: {path.absolute().parent}"
         )
-    header = read_header(path)
-    return head_of(header, base), header.parts
+    return head_of(Gguf.open(path, like=base), base)
 
 
-def head_of(header: Header, base: Header) -> HeadSource:
+def head_of(model: Gguf, base: Gguf) -> HeadSource:
     """Return the head in a GGUF.
 
     Raises:
         ModelFileError: it holds none, or one that has no place in a file with its trunk.
     """
-    blocks = blocks_of(header)
-    known = ARCHITECTURES.get(blocks.architecture)
+    heads, declared = model.heads, model.declared
+    known = ARCHITECTURES.get(model.architecture)
     if known is not None and known.shares_kv:
         raise ModelFileError(
-            f"{header.path} is a {blocks.architecture} head, which stays in a file of its own. "
+            f"{model.path} is a {model.architecture} head, which stays in a file of its own. "
             "Load the trunk with spec_draft_model set to it."
         )
-    if not blocks.n_heads:
-        if blocks.declared:
-            raise ModelFileError(
-                f"{header.path} declares {blocks.declared} NextN blocks and has dropped their "
-                "tensors. Take the head from another file of this model."
-            )
+    if not heads and declared:
         raise ModelFileError(
-            f"{header.path} has no NextN head. Name a GGUF that has one, or a checkpoint's folder."
-        )
-    if blocks.declared and blocks.declared != blocks.n_heads:
-        raise ModelFileError(
-            f"{header.path} declares {blocks.declared} NextN blocks and has {blocks.n_heads}. "
+            f"{model.path} declares {len(declared)} NextN blocks and has dropped their tensors. "
             "Take the head from another file of this model."
         )
-    _refuse_own_top(header, base)
+    if not heads:
+        raise ModelFileError(
+            f"{model.path} has no NextN head. Name a GGUF that has one, or a checkpoint's folder."
+        )
+    for name in _OWN_TOP:
+        ours, theirs = base.tensors.get(name), model.tensors.get(name)
+        if ours and theirs and _data(base, ours) != _data(model, theirs):
+            raise ModelFileError(
+                f"{model.path} has a {name} of its own, and a joined file has one place for it. "
+                "Keep the files apart, and load the trunk with spec_draft_model set to the head."
+            )
     return HeadSource(
-        architecture=blocks.architecture,
-        n_heads=blocks.n_heads,
-        n_embd=integer(header, f"{blocks.architecture}.embedding_length"),
+        architecture=model.architecture,
+        n_heads=len(heads),
+        n_embd=model.number("embedding_length") or 0,
         tensors=tuple(
-            stored(header, tensor, _renumber(tensor.name, -blocks.n_trunk))
-            for tensor in header.tensors.values()
-            if in_head(tensor.name, blocks)
+            stored(model, t, _renumber(t.name, -heads.start)) for t in model.head_tensors
         ),
-        origin=header.path.name,
-        metadata=plain_metadata(header),
+        origin=model.path.name,
+        files=model.parts,
+        metadata=plain_metadata(model),
+        n_blocks=declared.stop,
     )
 
 
-def _refuse_own_top(header: Header, base: Header) -> None:
-    """Refuse a head that needs other top-level tensors than the base has."""
-    for name in _OWN_TOP:
-        ours, theirs = base.tensors.get(name), header.tensors.get(name)
-        if ours is None or theirs is None:
-            continue
-        if b"".join(stored(base, ours).chunks()) != b"".join(stored(header, theirs).chunks()):
-            raise ModelFileError(
-                f"{header.path} has a {name} of its own, and a joined file has one place for it. "
-                "Keep the files apart, and load the trunk with spec_draft_model set to the head."
-            )
+def _data(model: Gguf, tensor: TensorInfo) -> bytes:
+    return b"".join(stored(model, tensor).chunks())
 
 
 def _renumber(name: str, by: int) -> str:
@@ -226,12 +194,12 @@ def _renumber(name: str, by: int) -> str:
     return name if block < 0 else f"blk.{block + by}.{rest}"
 
 
-def _place(tensor: TensorSource, n_trunk: int) -> TensorSource:
-    return replace(tensor, name=_renumber(tensor.name, n_trunk))
+def _trunk_sources(base: Gguf) -> list[TensorSource]:
+    return [stored(base, tensor) for tensor in base.trunk_tensors]
 
 
 def _own_outputs(
-    base: Header, n_trunk: int, n_heads: int, tensors: list[TensorSource]
+    base: Gguf, n_heads: int, tensors: Sequence[TensorSource]
 ) -> tuple[list[TensorSource], list[TensorSource]]:
     """Return an output matrix for every head, its own or a copy of the base's; and the rest.
 
@@ -239,27 +207,25 @@ def _own_outputs(
         ModelFileError: the heads of this architecture read no other than the base's, or the base
             has none to copy.
     """
-    architecture = str(base.metadata["general.architecture"])
-    if not ARCHITECTURES[architecture].own_output:
+    if not ARCHITECTURES[base.architecture].own_output:
         raise ModelFileError(
-            f"A {architecture} head has no output matrix of its own in llama.cpp. Leave out "
+            f"A {base.architecture} head has no output matrix of its own in llama.cpp. Leave out "
             "--output-type."
         )
-    names = [f"blk.{n_trunk + i}.{OWN_OUTPUT}" for i in range(n_heads)]
-    there = {tensor.name: tensor for tensor in tensors if tensor.name in names}
-    shared = output_matrix(base)
-    if shared is None:
+    if base.output is None:
         raise ModelFileError(f"{base.path} has no output matrix to copy. Convert the model again.")
     if "output.scale" in base.tensors:
         raise ModelFileError(
             f"{base.path} has an output matrix with a scale apart, which cannot be stored anew. "
             "Leave out --output-type."
         )
-    own = [there.get(name) or stored(base, shared, name) for name in names]
+    names = [f"blk.{base.heads.start + i}.{OWN_OUTPUT}" for i in range(n_heads)]
+    there = {tensor.name: tensor for tensor in tensors if tensor.name in names}
+    own = [there.get(name) or stored(base, base.output, name) for name in names]
     return own, [tensor for tensor in tensors if tensor.name not in there]
 
 
-def _fallbacks(tensors: list[TensorSource], wanted: int) -> list[str]:
+def _fallbacks(tensors: Sequence[TensorSource], wanted: int) -> list[str]:
     kinds = Counter(type_for(t, wanted) for t in tensors if is_matrix(t))
     return [
         f"{n} of the head's matrices are stored as {type_name(kind)}: their rows are no multiple "
@@ -272,38 +238,33 @@ def _fallbacks(tensors: list[TensorSource], wanted: int) -> list[str]:
 # --- what can be joined ---------------------------------------------------------------------------
 
 
-def _check_base(base: Header, blocks: Blocks, *, replace_head: bool) -> None:
-    if not blocks.architecture:
+def _check_base(base: Gguf, *, replace_head: bool) -> None:
+    heads = base.heads  # raises for a file that contradicts itself
+    if not base.architecture:
         raise ModelFileError(f"{base.path} does not say its architecture. Convert it again.")
-    if blocks.architecture not in ARCHITECTURES:
+    if base.architecture not in ARCHITECTURES:
         why = NOT_EXECUTABLE.get(
-            blocks.architecture, f"no NextN graph is known for {blocks.architecture}"
+            base.architecture, f"no NextN graph is known for {base.architecture}"
         )
         raise ModelFileError(f"{base.path} would not run with a head: {why}. Use it as it is.")
-    if not blocks.n_trunk or not any(block_of(name)[0] == 0 for name in base.tensors):
+    if not base.has_trunk:
         raise ModelFileError(
             f"{base.path} holds no trunk. Name the model first and the head second."
         )
-    if blocks.n_heads and not replace_head:
+    if heads and not replace_head:
         raise ModelFileError(
             f"{base.path} has a NextN head already. Use it as it is, or pass --replace to put "
             "another in its place."
         )
 
 
-def _check_result(
-    base: Header, blocks: Blocks, head: HeadSource, tensors: list[TensorSource]
-) -> None:
+def _check_result(base: Gguf, head: HeadSource, tensors: Sequence[TensorSource]) -> None:
     """Raise unless the joined file would be one that runs."""
-    prefix = f"{blocks.architecture}."
-    counts = {
-        prefix + "block_count": blocks.n_trunk + head.n_heads,
-        prefix + "nextn_predict_layers": head.n_heads,
-    }
+    counts = {"block_count": base.heads.start + head.n_heads, "nextn_predict_layers": head.n_heads}
+    metadata = base.metadata | {f"{base.architecture}.{name}": n for name, n in counts.items()}
     infos = {t.name: TensorInfo(t.name, t.shape, t.type, 0) for t in tensors}
     # No entries: those of the base say nothing about the arrays of the joined file.
-    joined = replace(base, metadata=base.metadata | counts, tensors=infos, entries={})
-    report = report_on(joined)
+    report = check_head(replace(base, metadata=metadata, tensors=infos, entries={}))
     if not report.executable:
         raise ModelFileError(
             f"{head.origin} and {base.path} give no model that runs: {report.reason} "
@@ -315,28 +276,24 @@ def _check_result(
 
 
 def _joined_metadata(
-    metadata: Mapping[str, bytes], uncut: Mapping[str, bytes], blocks: Blocks, head: HeadSource
+    base: Gguf, metadata: Mapping[str, bytes], head: HeadSource
 ) -> dict[str, bytes]:
-    """Return the trunk's metadata with the head counted and its per-layer values appended.
-
-    ``uncut`` is what the base says, which may have declared such a head: then it stands in for a
-    head that has no metadata.
-    """
-    prefix = f"{blocks.architecture}."
-    counts = head_counts(prefix, blocks.n_trunk, head.n_heads)
+    """Return the trunk's metadata with the head counted and its per-layer values appended."""
+    prefix = f"{base.architecture}."
     joined: dict[str, bytes] = {}
     for key, raw in metadata.items():
         if key == prefix + "block_count":
-            joined |= counts  # the two stand together, where the first stood
+            joined |= head_counts(base, head.n_heads)  # the two stand where the first stood
         elif key.removeprefix(prefix) in PER_LAYER:
-            joined[key] = _extended(key, raw, uncut[key], blocks.n_trunk, head)
+            joined[key] = _extended(base, key, raw, head)
         else:
             joined[key] = raw
     return joined
 
 
-def _extended(key: str, raw: bytes, uncut: bytes, n_trunk: int, head: HeadSource) -> bytes:
+def _extended(base: Gguf, key: str, raw: bytes, head: HeadSource) -> bytes:
     """Return a per-layer entry with the head's values appended; one value stays one if it can."""
+    n_trunk = base.heads.start
     ours = decode(key, raw)
     if isinstance(ours, list) and len(ours) != n_trunk:
         return raw  # not one per block, or one per block of the trunk only
@@ -344,7 +301,7 @@ def _extended(key: str, raw: bytes, uncut: bytes, n_trunk: int, head: HeadSource
     if key in head.metadata:
         theirs = decode(key, head.metadata[key])
         if isinstance(theirs, list):
-            n_blocks = _count(head, n_trunk)
+            n_blocks = head.n_blocks or n_trunk + head.n_heads
             if len(theirs) == n_blocks - head.n_heads != head.n_heads:
                 return raw  # one per block of the trunk only, in the head's file as well
             if len(theirs) not in (n_blocks, head.n_heads):
@@ -360,8 +317,9 @@ def _extended(key: str, raw: bytes, uncut: bytes, n_trunk: int, head: HeadSource
             return raw
         ours = [ours] * n_trunk
     if theirs is None:
-        if len(decode(key, uncut)) == n_trunk + head.n_heads:
-            return uncut
+        # A base that lost the tensors of such a head still says what a silent head does not.
+        if len(base.array(key)) == n_trunk + head.n_heads:
+            return base.entry(key)
         raise ModelFileError(
             f"{head.origin} does not say {key} for its blocks, and the trunk has one for each. "
             "Take a head with its metadata: the whole model's GGUF, or llama.cpp's --mtp output."
@@ -375,17 +333,10 @@ def _extended(key: str, raw: bytes, uncut: bytes, n_trunk: int, head: HeadSource
         ) from error
 
 
-def _count(head: HeadSource, n_trunk: int) -> int:
-    """Blocks of the model that the head comes from; without its word, as many as here."""
-    key = f"{head.architecture}.block_count"
-    return int(decode(key, head.metadata[key])) if key in head.metadata else n_trunk + head.n_heads
-
-
-def _provenance(base: Header, head: HeadSource, types: Mapping[str, int]) -> dict[str, bytes]:
-    name = base.metadata.get("general.name")
+def _provenance(base: Gguf, head: HeadSource, types: Mapping[str, int]) -> dict[str, bytes]:
     values = {
         "base": base.path.name,
-        "base_name": name if isinstance(name, str) else "",
+        "base_name": base.text("general.name"),
         "head": head.origin,
         "head_type": ", ".join(types),
         "version": __version__,

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ModelFileError
-from ..gguf.header import Header
+from ..gguf.header import TOKENS
 from ..gguf.metadata import decode
-from ..gguf.write import HeadSource
-from .split import Blocks, block_of, integer
+from ..gguf.model import Gguf, block_of
+from .architectures import OWN_OUTPUT
+from .source import HeadSource
 
 # Numbers that shape the head's block: a head that says another one is another model's.
 _SHAPING = (
@@ -22,68 +23,44 @@ _SHAPING = (
     "expert_count",
     "rope.dimension_count",
 )
+_MERGES = "tokenizer.ggml.merges"
 
 
-def check_match(
-    base: Header, blocks: Blocks, metadata: Mapping[str, bytes], head: HeadSource
-) -> list[str]:
+def check_match(base: Gguf, metadata: Mapping[str, bytes], head: HeadSource) -> list[str]:
     """Raise unless the head was made for this trunk; return what could not be checked.
 
     Args:
         base: the trunk's file.
-        blocks: which of its blocks are the trunk's.
         metadata: the trunk's metadata, key to entry.
         head: the head.
 
     Raises:
         ModelFileError: it was made for another model; the message says what differs.
     """
-    arch = blocks.architecture
+    arch = base.architecture
     if head.architecture and head.architecture != arch:
-        raise ModelFileError(
-            f"{head.origin} is a head for {head.architecture}, and {base.path} is {arch}. "
-            "Take a head of the same model."
-        )
-    n_embd = integer(base, f"{arch}.embedding_length")
+        raise _other(f"{head.origin} is a head for {head.architecture}, and {base.path} is {arch}")
+    n_embd = base.number("embedding_length") or 0
     if head.n_embd and head.n_embd != n_embd:
-        raise ModelFileError(
+        raise _other(
             f"{head.origin} is a head for hidden rows of {head.n_embd} floats, and those of "
-            f"{base.path} have {n_embd}. Take a head of the same model."
+            f"{base.path} have {n_embd}"
         )
-    count = f"{arch}.block_count"
-    if count in head.metadata:
-        n_trunk = decode(count, head.metadata[count]) - head.n_heads
-        if n_trunk != blocks.n_trunk:
-            raise ModelFileError(
-                f"{head.origin} is a head for a trunk of {n_trunk} blocks, and {base.path} has "
-                f"{blocks.n_trunk}. Take a head of the same model."
-            )
+    n_trunk = head.n_blocks - head.n_heads
+    if head.n_blocks and n_trunk != base.heads.start:
+        raise _other(
+            f"{head.origin} is a head for a trunk of {n_trunk} blocks, and {base.path} has "
+            f"{base.heads.start}"
+        )
     for key in (f"{arch}.{name}" for name in _SHAPING):
-        ours, theirs = metadata.get(key), head.metadata.get(key)
-        if ours is None or theirs is None:
+        if key not in metadata or key not in head.metadata:
             continue
-        pair = decode(key, ours), decode(key, theirs)
-        if pair[0] != pair[1] and not any(isinstance(value, list) for value in pair):
-            raise ModelFileError(
-                f"{head.origin} has {key} = {pair[1]}, and {base.path} has {pair[0]}. "
-                "Take a head of the same model."
-            )
+        ours, theirs = decode(key, metadata[key]), decode(key, head.metadata[key])
+        if ours != theirs and not isinstance(ours, list) and not isinstance(theirs, list):
+            raise _other(f"{head.origin} has {key} = {theirs}, and {base.path} has {ours}")
     notes = _check_vocabulary(base, metadata, head)
-    embedding = base.tensors.get("token_embd.weight")
-    n_vocab = embedding.shape[-1] if embedding is not None else 0
-    for tensor in head.tensors:
-        expected = _expected_shape(block_of(tensor.name)[1], n_embd, n_vocab)
-        if expected and tensor.shape != expected:
-            raise ModelFileError(
-                f"{head.origin} has tensor {tensor.name} of shape {list(tensor.shape)}, and "
-                f"{base.path} needs {list(expected)}. Take a head of the same model."
-            )
-    return notes
-
-
-def _expected_shape(name: str, n_embd: int, n_vocab: int) -> tuple[int, ...] | None:
-    """The shape that follows from the trunk alone, ggml order; None where none does."""
-    shapes: dict[str, tuple[int, ...]] = {
+    n_vocab = base.shape("token_embd.weight")[-1]
+    shapes = {
         "nextn.eh_proj.weight": (2 * n_embd, n_embd),
         "nextn.enorm.weight": (n_embd,),
         "nextn.hnorm.weight": (n_embd,),
@@ -91,52 +68,46 @@ def _expected_shape(name: str, n_embd: int, n_vocab: int) -> tuple[int, ...] | N
         "attn_norm.weight": (n_embd,),
     }
     if n_vocab:
-        shapes["nextn.embed_tokens.weight"] = (n_embd, n_vocab)
-        shapes["nextn.shared_head_head.weight"] = (n_embd, n_vocab)
-    return shapes.get(name)
+        shapes["nextn.embed_tokens.weight"] = shapes[OWN_OUTPUT] = (n_embd, n_vocab)
+    for tensor in head.tensors:
+        expected = shapes.get(block_of(tensor.name)[1], tensor.shape)
+        if tensor.shape != expected:
+            raise _other(
+                f"{head.origin} has tensor {tensor.name} of shape {list(tensor.shape)}, and "
+                f"{base.path} needs {list(expected)}"
+            )
+    return notes
 
 
-def _check_vocabulary(base: Header, metadata: Mapping[str, bytes], head: HeadSource) -> list[str]:
-    key = "tokenizer.ggml.tokens"
-    ours = metadata.get(key)
-    if ours is None:
+def _check_vocabulary(base: Gguf, metadata: Mapping[str, bytes], head: HeadSource) -> list[str]:
+    if not base.n_tokens:
         raise ModelFileError(f"{base.path} has no vocabulary. Convert the model again.")
-    theirs = head.metadata.get(key)
-    if theirs is None:
-        n_tokens = len(_list(key, ours, str(base.path)))
-        if head.n_vocab and head.n_vocab != n_tokens:
-            raise ModelFileError(
+    if TOKENS not in head.metadata:
+        if head.n_vocab and head.n_vocab != base.n_tokens:
+            raise _other(
                 f"{head.origin} is a head for {head.n_vocab} tokens, and {base.path} has "
-                f"{n_tokens}. Take a head of the same model."
+                f"{base.n_tokens}"
             )
         return [
             f"{head.origin} lists no vocabulary: "
             + ("only its size was compared." if head.n_vocab else "it could not be compared.")
         ]
-    _check_texts(key, "tokens", ours, theirs, base, head)
-    key = "tokenizer.ggml.merges"
-    if key in metadata and key in head.metadata:
-        _check_texts(key, "merges", metadata[key], head.metadata[key], base, head)
+    for what, key in (("tokens", TOKENS), ("merges", _MERGES)):
+        ours, theirs = metadata.get(key), head.metadata.get(key)
+        if ours is None or theirs is None or ours == theirs:
+            continue
+        a, b = _list(key, ours, str(base.path)), _list(key, theirs, head.origin)
+        if a == b:
+            continue
+        if len(a) != len(b):
+            difference = f"it has {len(b)} {what}, not {len(a)}"
+        else:
+            at = next(i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1])
+            difference = f"number {at} of its {what} is {b[at]!r}, not {a[at]!r}"
+        raise _other(
+            f"{head.origin} was made for another vocabulary than that of {base.path}: {difference}"
+        )
     return []
-
-
-def _check_texts(
-    key: str, what: str, ours: bytes, theirs: bytes, base: Header, head: HeadSource
-) -> None:
-    if ours == theirs:
-        return
-    a, b = _list(key, ours, str(base.path)), _list(key, theirs, head.origin)
-    if a == b:
-        return
-    if len(a) != len(b):
-        difference = f"it has {len(b)} {what}, not {len(a)}"
-    else:
-        at = next(i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1])
-        difference = f"number {at} of its {what} is {b[at]!r}, not {a[at]!r}"
-    raise ModelFileError(
-        f"{head.origin} was made for another vocabulary than that of {base.path}: {difference}. "
-        "Take a head of the same model."
-    )
 
 
 def _list(key: str, raw: bytes, origin: str) -> list[Any]:
@@ -144,3 +115,7 @@ def _list(key: str, raw: bytes, origin: str) -> list[Any]:
     if not isinstance(values, list):
         raise ModelFileError(f"{origin} has a {key} that is no list. Convert the model again.")
     return values
+
+
+def _other(cause: str) -> ModelFileError:
+    return ModelFileError(f"{cause}. Take a head of the same model.")

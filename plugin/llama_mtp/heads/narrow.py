@@ -7,7 +7,6 @@ lacks it cannot propose; the text does not change.
 
 from __future__ import annotations
 
-import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,16 +17,16 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from gguf.constants import GGUFValueType, TokenType
 
 from ..errors import ModelFileError
-from ..gguf.header import Header, TensorInfo, read_header
-from ..gguf.metadata import decode, elements_type, entry
+from ..gguf.header import TOKENS, TensorInfo
+from ..gguf.metadata import elements_type, entry
+from ..gguf.model import Gguf, StrPath, block_of
+from ..gguf.types import ValueType
 from ..gguf.write import CHUNK, Chunk, Progress, TensorSource, check_destination, stored, write_gguf
-from ..measure.draft_cost import OWN_OUTPUT, output_matrix
-from .architectures import ARCHITECTURES
-from .narrow_vocabulary import STAND_INS, TOKENS
-from .split import block_of, blocks_of, head_metadata, head_tensors, stem_of
+from .architectures import ARCHITECTURES, OWN_OUTPUT
+from .narrow_vocabulary import KEPT, STAND_INS
+from .split import head_file_tensors, head_metadata, stem_of
 
 _TOKENIZER = "tokenizer.ggml."
 _BY_TOKEN = ("token_embd.weight", "output.weight", "nextn.embed_tokens.weight", OWN_OUTPUT)
@@ -36,7 +35,7 @@ _MOST_TEXT = 4 << 20  # bytes that are counted ...
 _MOST_FILE = 1 << 19  # ... of one file at most: the rest of a long one is like its beginning
 _SHARE, _FEWEST = 8, 8192  # unless told otherwise: one token of so many, and no fewer than that
 _HELD_OUT = 8  # of so many texts one is not counted, to see what the choice is worth
-_KEPT_TYPES = {int(t) for t in TokenType} - {int(TokenType.NORMAL), int(TokenType.UNUSED)}
+_KEPT_TYPES = {2, 3, 4, 6}  # gguf.TokenType: UNKNOWN, CONTROL, USER_DEFINED, BYTE
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,11 @@ class NarrowReport:
 
 
 def narrow(
-    file: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    file: Gguf | StrPath,
+    out: StrPath | None = None,
     *,
     n_tokens: int | None = None,
-    texts: Sequence[str | os.PathLike[str]] | None = None,
+    texts: Sequence[StrPath] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> NarrowReport:
@@ -85,47 +84,31 @@ def narrow(
         ModelFileError: the file is no GGUF, is damaged, or has no head that can be narrowed.
         FileWriteError: the file cannot be written.
     """
-    header = read_header(file)
-    blocks = blocks_of(header)
-    metadata = head_metadata(header, blocks)
-    tokens = _tokens_of(header, metadata)
-    known = ARCHITECTURES.get(blocks.architecture)
-    if known is not None and known.shares_kv:
-        raise ModelFileError(
-            f"{header.path} is a {blocks.architecture} head, which has its own way to read less. "
-            "Use it as it is."
-        )
-    if not blocks.n_heads:
-        raise ModelFileError(f"{header.path} has no NextN head. Name the file that has it.")
-    own = (t for t in header.tensors.values() if block_of(t.name)[1] == OWN_OUTPUT)
-    matrix = next(own, None) or output_matrix(header)
-    if matrix is None:
-        raise ModelFileError(f"{header.path} has no output matrix. Name the file of the model.")
+    model = Gguf.open(file)
+    matrix = _output_matrix(model)
+    if not model.n_tokens or KEPT in model.metadata:
+        cause = "is a narrow head already" if model.n_tokens else "lists no tokens"
+        raise ModelFileError(f"{model.path} {cause}. Name the file of the whole model.")
+    tokens: list[str] = model.array(TOKENS)
     if n_tokens is None:
         n_tokens = usual_size(len(tokens))
     if not 0 < n_tokens < len(tokens):
         raise ModelFileError(
-            f"{header.path} has {len(tokens)} tokens, and {n_tokens} of them were asked for. "
+            f"{model.path} has {len(tokens)} tokens, and {n_tokens} of them were asked for. "
             "Ask for fewer with --tokens."
         )
-    name = stem_of(header.path).removeprefix("mtp-")
-    out = header.path.with_name(f"mtp-{name}-narrow.gguf") if out is None else Path(out)
-    check_destination(out, header.parts, force=force)
+    name = stem_of(model.path).removeprefix("mtp-")
+    out = model.path.with_name(f"mtp-{name}-narrow.gguf") if out is None else Path(out)
+    check_destination(out, model.parts, force=force)
 
-    counted, held_out = count(header.path, _texts(texts))
-    kept = choose(tokens, _always(header, metadata, tokens), counted, n_tokens)
-    stand_ins = stand_ins_of(tokens, kept)
-    tensors = [_part(header, t, kept, len(tokens)) for t in head_tensors(header, blocks)]
-    write_gguf(
-        out,
-        _metadata(header, metadata, kept, stand_ins),
-        tensors,
-        checked=[t.name for t in tensors],
-        progress=progress,
-    )
+    counted, held_out = count(model.path, _texts(texts))
+    kept = choose(tokens, _always(model, tokens), counted, n_tokens)
+    tensors = [_part(model, t, kept) for t in head_file_tensors(model)]
+    metadata = _metadata(model, kept, stand_ins_of(tokens, kept))
+    write_gguf(out, metadata, tensors, checked=[t.name for t in tensors], progress=progress)
     has = set(kept)
     total = held_out.total()
-    before = stored(header, matrix).n_bytes
+    before = stored(model, matrix).n_bytes
     return NarrowReport(
         path=out,
         n_tokens=len(kept),
@@ -179,17 +162,15 @@ def stand_ins_of(tokens: Sequence[str], kept: Sequence[int]) -> list[int]:
     return [next((place[end] for end in those if end in place), 0) for those in ends]
 
 
-def _always(header: Header, metadata: Mapping[str, bytes], tokens: Sequence[str]) -> set[int]:
+def _always(model: Gguf, tokens: Sequence[str]) -> set[int]:
     """Tokens that are not text, those that the metadata names, and single characters."""
-    key = f"{_TOKENIZER}token_type"
-    types = decode(key, metadata[key]) if key in metadata else []
+    types = model.array(f"{_TOKENIZER}token_type")
     always = {i for i, kind in enumerate(types) if kind in _KEPT_TYPES}
     always |= {i for i, text in enumerate(tokens[: 1 << 12]) if len(text) == 1}
-    named = (header.metadata[key] for key in _special(header))
-    return always | {n for n in named if isinstance(n, int) and 0 <= n < len(tokens)}
+    return always | set(_special(model).values())
 
 
-def _texts(paths: Sequence[str | os.PathLike[str]] | None) -> Iterator[str]:
+def _texts(paths: Sequence[StrPath] | None) -> Iterator[str]:
     """Read files, and what is text in folders, up to some megabytes."""
     left = _MOST_TEXT
     for path in _library() if paths is None else _files(paths):
@@ -203,7 +184,7 @@ def _texts(paths: Sequence[str | os.PathLike[str]] | None) -> Iterator[str]:
             return
 
 
-def _files(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
+def _files(paths: Sequence[StrPath]) -> Iterator[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise ModelFileError(f"There is no file or folder {path}. Name one that is there.")
@@ -222,59 +203,64 @@ def _library() -> Iterator[Path]:
 # --- the file -------------------------------------------------------------------------------------
 
 
-def _tokens_of(header: Header, metadata: Mapping[str, bytes]) -> list[str]:
-    key = f"{_TOKENIZER}tokens"
-    raw = metadata.get(key)
-    if raw is None or TOKENS in header.metadata:
-        cause = "lists no tokens" if raw is None else "is a narrow head already"
-        raise ModelFileError(f"{header.path} {cause}. Name the file of the whole model.")
-    tokens: list[str] = decode(key, raw)
-    return tokens
+def _output_matrix(model: Gguf) -> TensorInfo:
+    """Return the matrix that the head reads; ModelFileError where there is none to narrow."""
+    known = ARCHITECTURES.get(model.architecture)
+    if known is not None and known.shares_kv:
+        raise ModelFileError(
+            f"{model.path} is a {model.architecture} head, which has its own way to read less. "
+            "Use it as it is."
+        )
+    if not model.heads:
+        raise ModelFileError(f"{model.path} has no NextN head. Name the file that has it.")
+    own = (t for t in model.head_tensors if block_of(t.name)[1] == OWN_OUTPUT)
+    matrix = next(own, None) or model.output
+    if matrix is None:
+        raise ModelFileError(f"{model.path} has no output matrix. Name the file of the model.")
+    return matrix
 
 
-def _special(header: Header) -> list[str]:
-    """The keys that name a token by its number."""
-    return [k for k in header.metadata if k.startswith(_TOKENIZER) and k.endswith("_token_id")]
+def _special(model: Gguf) -> dict[str, int]:
+    """The keys that name a token by its number, and that number."""
+    named = (k for k in model.metadata if k.startswith(_TOKENIZER) and k.endswith("_token_id"))
+    values = {key: model.metadata[key] for key in named}
+    return {k: v for k, v in values.items() if isinstance(v, int) and 0 <= v < model.n_tokens}
 
 
-def _metadata(
-    header: Header, metadata: dict[str, bytes], kept: Sequence[int], stand_ins: Sequence[int]
-) -> dict[str, bytes]:
+def _metadata(model: Gguf, kept: Sequence[int], stand_ins: Sequence[int]) -> dict[str, bytes]:
     """The model's metadata with lists by token cut, and numbers of tokens changed."""
-    cut = {k: raw for k, raw in metadata.items() if not k.startswith(_LEFT_OUT)}
+    cut = {k: raw for k, raw in head_metadata(model).items() if not k.startswith(_LEFT_OUT)}
     for key in (f"{_TOKENIZER}{name}" for name in ("tokens", "scores", "token_type")):
         if key in cut:
-            values, kind = decode(key, cut[key]), elements_type(key, cut[key])
+            values, kind = model.array(key), elements_type(key, cut[key])
             cut[key] = entry(key, [values[token] for token in kept], kind)
     merges = f"{_TOKENIZER}merges"
     if merges in cut:
-        cut[merges] = entry(merges, [], GGUFValueType.STRING)  # the host wants the list, even empty
-    for key in _special(header):
-        value = header.metadata[key]
-        if isinstance(value, int) and 0 <= value < len(stand_ins):
-            cut[key] = entry(key, stand_ins[value], header.kinds[key])
-    size = f"{header.metadata.get('general.architecture')}.vocab_size"
+        cut[merges] = entry(merges, [], ValueType.STRING)  # the host wants the list, even empty
+    numbers = {key: stand_ins[token] for key, token in _special(model).items()}
+    size = f"{model.architecture}.vocab_size"
     if size in cut:
-        cut[size] = entry(size, len(kept), header.kinds[size])
-    cut[TOKENS] = entry(TOKENS, list(kept), GGUFValueType.INT32)
-    cut[STAND_INS] = entry(STAND_INS, list(stand_ins), GGUFValueType.INT32)
+        numbers[size] = len(kept)
+    cut |= {key: entry(key, number, model.kinds[key]) for key, number in numbers.items()}
+    cut[KEPT] = entry(KEPT, list(kept), ValueType.INT32)
+    cut[STAND_INS] = entry(STAND_INS, list(stand_ins), ValueType.INT32)
     return cut
 
 
-def _part(header: Header, tensor: TensorInfo, kept: Sequence[int], n_vocab: int) -> TensorSource:
+def _part(model: Gguf, tensor: TensorInfo, kept: Sequence[int]) -> TensorSource:
     """Return a tensor as it is, or the rows of the kept tokens where it has one for each token."""
-    whole = stored(header, tensor)
+    whole, n_vocab = stored(model, tensor), model.n_tokens
     block, name = block_of(tensor.name)
     if name not in _BY_TOKEN:
         if n_vocab in tensor.shape and block < 0:
             raise ModelFileError(
-                f"{header.path} has a tensor {tensor.name} with a value for each token, which this "
+                f"{model.path} has a tensor {tensor.name} with a value for each token, which this "
                 "release does not know. Look for a newer llama-mtp."
             )
         return whole
     if len(tensor.shape) != 2 or tensor.shape[1] < n_vocab:
         raise ModelFileError(
-            f"{header.path} has {n_vocab} tokens, and {tensor.name} has the shape {tensor.shape}. "
+            f"{model.path} has {n_vocab} tokens, and {tensor.name} has the shape {tensor.shape}. "
             "Convert or download it again."
         )
     n_row = whole.n_bytes // tensor.shape[1]

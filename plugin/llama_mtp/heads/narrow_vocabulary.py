@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelFileError
-from ..gguf.header import ArrayInfo, Header, read_header
+from ..gguf.header import ArrayInfo
+from ..gguf.model import Gguf
+from ..gguf.types import ValueType
 from .check import NARROW
 
-TOKENS, STAND_INS = f"{NARROW}tokens", f"{NARROW}stand_ins"
-_INT32 = 5  # gguf.GGUFValueType, without the import of that package
+KEPT, STAND_INS = f"{NARROW}tokens", f"{NARROW}stand_ins"
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,17 @@ class Vocabulary:
     stand_ins: npt.NDArray[np.int32]
 
 
-def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
-    """Read the vocabulary of a narrow head.
-
-    Raises:
-        ModelFileError: the file is no GGUF, is damaged, or is none of a narrow head.
-    """
-    header = read_header(path)
-    return Vocabulary(_numbers(header, TOKENS), _numbers(header, STAND_INS))
+def vocabulary_of(head: Gguf) -> Vocabulary:
+    """Read the vocabulary of a narrow head; ModelFileError where the file is none of one."""
+    return Vocabulary(_numbers(head, KEPT), _numbers(head, STAND_INS))
 
 
-def _numbers(header: Header, key: str) -> npt.NDArray[np.int32]:
-    found = header.metadata.get(key)
-    if not isinstance(found, ArrayInfo) or found.type != _INT32:
+def _numbers(head: Gguf, key: str) -> npt.NDArray[np.int32]:
+    found = head.metadata.get(key)
+    if not isinstance(found, ArrayInfo) or found.type != ValueType.INT32:
         raise ModelFileError(
-            f"{header.path} is a narrow head without the list {key}. Write it again with "
+            f"{head.path} is a narrow head without the list {key}. Write it again with "
             "llama-mtp narrow."
         )
-    with header.path.open("rb") as file:
-        file.seek(header.entries[key][1] - 4 * found.count)  # the end of its entry
-        return np.frombuffer(file.read(4 * found.count), dtype="<i4").astype(np.int32)
+    data = memoryview(head.entry(key))
+    return np.frombuffer(data[len(data) - 4 * found.count :], dtype="<i4").astype(np.int32)

@@ -14,7 +14,9 @@ from . import child
 _N_PROMPT = 16
 
 
-def compare_greedy(base: Path, joined: Path, *, n_tokens: int, n_threads: int | None) -> None:
+def compare_greedy(
+    base: Path, joined: Path, *, n_tokens: int = 24, n_threads: int | None = None
+) -> None:
     """Load one file after the other and compare greedy tokens after the same prompt.
 
     Neither drafts: the two texts come from the same tensors by the same kernels, and have to be

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..gguf.header import Header, TensorInfo
-from .forecast import Source
-
-OWN_OUTPUT = "nextn.shared_head_head.weight"
-"""Of a NextN block: an output matrix that this head alone reads."""
+from ..gguf.header import TensorInfo
+from ..gguf.model import Gguf, block_of
+from ..heads.architectures import OWN_OUTPUT
+from ..heads.check import HeadReport
 
 _TABLES = ("token_embd.weight", "nextn.embed_tokens.weight")  # of which one row is read
 
@@ -36,43 +35,41 @@ class Reads:
         return self.step / self.token if self.token else 0.0
 
 
-def reads(target: Source, head: Source) -> Reads | None:
+def reads(target: HeadReport, head: HeadReport) -> Reads | None:
     """Reckon from the headers of a model and of the file with its head; None without a head."""
-    if not head.head_layers or head.report.shares_kv:
+    file = head.file
+    if not file.declared or head.shares_kv:
         return None
-    prefix = f"blk.{head.head_layers.start}."
-    block = {t.name.removeprefix(prefix): t for t in head.head if t.name.startswith(prefix)}
+    first = f"blk.{file.declared.start}."
+    block = {t.name.removeprefix(first): t for t in file.in_blocks(file.declared[:1])}
     own = block.pop(OWN_OUTPUT, None)
-    output = _size(own or output_matrix(head.header) or output_matrix(target.header))
+    output = _size(own or file.output or target.file.output)
     return Reads(
-        token=token_bytes(target),
-        step=_read(head, block.values()) + output,
+        token=token_bytes(target.file),
+        step=_read(file, block.values()) + output,
         output=output,
         own_output=own is not None,
     )
 
 
-def token_bytes(target: Source) -> int:
+def token_bytes(model: Gguf) -> int:
     """Bytes of weights that a decode of one row by the trunk reads."""
-    output, heads = output_matrix(target.header), {tensor.name for tensor in target.head}
-    tensors = target.header.tensors.items()
-    trunk = [t for name, t in tensors if name not in heads and t is not output]
-    return _read(target, trunk) + _size(output)
+    trunk = [
+        t
+        for t in model.tensors.values()
+        if block_of(t.name)[0] not in model.declared and t is not model.output
+    ]
+    return _read(model, trunk) + _size(model.output)
 
 
-def output_matrix(header: Header) -> TensorInfo | None:
-    """The trunk's output matrix, which may be its table of embeddings; None if there is none."""
-    return header.tensors.get("output.weight") or header.tensors.get("token_embd.weight")
-
-
-def _read(source: Source, tensors: Iterable[TensorInfo]) -> int:
+def _read(file: Gguf, tensors: Iterable[TensorInfo]) -> int:
     total, experts = 0, 0
     for tensor in tensors:
         if "_exps." in tensor.name:
             experts += _size(tensor)
         elif not tensor.name.endswith(_TABLES):
             total += _size(tensor)
-    used, count = source.number("expert_used_count"), source.number("expert_count")
+    used, count = file.number("expert_used_count") or 0, file.number("expert_count") or 0
     return total + (experts * used // count if count else experts)
 
 

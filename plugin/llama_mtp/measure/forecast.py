@@ -6,12 +6,12 @@ buffers that graphs need; then, where the host could be asked, from its own word
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Literal
 
-from ..gguf.header import Header, TensorInfo
+from ..gguf.model import Gguf
 from ..heads.check import HeadReport
 
 _N_BATCH = 512  # the stock class's default
@@ -85,7 +85,7 @@ class Forecast:
         return None not in self.parts.values()
 
     def told(self, sizes: Mapping[str, int]) -> Forecast:
-        """The same forecast on the host's word: `sizes` are those of `gguf_tools.probe.Answer`."""
+        """The same forecast on the host's word: `sizes` are those of `probe_host.Answer`."""
 
         def held(context: str, *parts: str) -> int:
             return sum(sizes.get(f"{context} {part}", 0) for part in parts)
@@ -106,61 +106,30 @@ class Forecast:
         )
 
 
-@dataclass(frozen=True)
-class Source:
-    """A header and the check's report on it."""
-
-    header: Header
-    report: HeadReport
-
-    def number(self, key: str) -> int:
-        """A metadata number of the architecture; 0 if it is not there, or differs by layer."""
-        value = self.header.metadata.get(f"{self.report.architecture}.{key}", 0)
-        return value if isinstance(value, int) else 0
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a matrix, contiguous dimension first; zeros if there is none of that name."""
-        tensor = self.header.tensors.get(name)
-        return tensor.shape if tensor is not None and len(tensor.shape) >= 2 else (0, 0)
-
-    @property
-    def n_vocab(self) -> int:
-        return self.shape("output.weight")[1] or self.shape("token_embd.weight")[1]
-
-    @property
-    def head_layers(self) -> range:
-        return range(self.report.n_layer_trunk, self.report.n_layer_trunk + self.report.n_heads)
-
-    @property
-    def head(self) -> list[TensorInfo]:
-        """The tensors of the NextN blocks."""
-        prefixes = tuple(f"blk.{layer}." for layer in self.head_layers)
-        return [t for name, t in self.header.tensors.items() if name.startswith(prefixes)]
-
-
-def forecast(target: Source, head: Source, n_ctx: int, depth: int) -> Forecast:
+def forecast(target: HeadReport, head: HeadReport, n_ctx: int, depth: int) -> Forecast:
     """Forecast from tensor shapes and metadata; compute buffers stay unknown.
 
     Args:
-        target: the model.
-        head: the file that has the NextN blocks: the same, or one of its own.
+        target: the check of the model.
+        head: that of the file with the NextN blocks: the same, or one of its own.
         n_ctx: tokens of context.
         depth: most drafts a round.
     """
     own_file = head is not target
-    rollback = target.report.rollback
-    state = 0 if rollback == "attention" else _state(target)
+    tensors = head.file.tensors.values() if own_file else head.file.in_blocks(head.file.declared)
+    rollback = target.rollback
+    state = 0 if rollback == "attention" else _state(target.file)
     n_copies = {"attention": 0, "snapshots": _CHECKPOINTS, "checkpoint": _CHECKPOINTS + 1}[rollback]
     return Forecast(
         source="header",
         n_ctx=n_ctx,
         depth=depth,
-        head_weights=total_bytes(head.header.tensors.values() if own_file else head.head),
+        head_weights=sum(tensor.n_bytes or 0 for tensor in tensors),  # of an unknown type: nothing
         draft_kv=_draft_kv(head, n_ctx),
         snapshots=state and (depth * state if rollback == "snapshots" else 0),
         target_compute=None,
         draft_compute=None,
-        output=(head.n_vocab or target.n_vocab) * _F32,
+        output=(head.file.n_tokens or target.file.n_tokens) * _F32,
         rows=_rows(target, head, n_ctx, depth),
         copies=state and _copies(state, n_copies),
         n_copies=n_copies,
@@ -168,32 +137,27 @@ def forecast(target: Source, head: Source, n_ctx: int, depth: int) -> Forecast:
     )
 
 
-def total_bytes(tensors: Iterable[TensorInfo]) -> int:
-    """Bytes of tensors; one of a type that is not known here counts as nothing."""
-    return sum(tensor.n_bytes or 0 for tensor in tensors)
-
-
-def _draft_kv(head: Source, n_ctx: int) -> int | None:
+def _draft_kv(head: HeadReport, n_ctx: int) -> int | None:
     """The draft context holds the NextN layers, in half precision, for the padded context."""
-    if head.report.shares_kv:
+    if head.shares_kv:
         return 0
-    widths = [_kv_width(head, layer) for layer in head.head_layers]
+    widths = [_kv_width(head.file, layer) for layer in head.file.declared]
     if not all(widths):
         return None
     return ceil(n_ctx / _PAD) * _PAD * sum(widths) * _F16
 
 
-def _kv_width(head: Source, layer: int) -> int:
+def _kv_width(file: Gguf, layer: int) -> int:
     """Numbers that one token puts into the cache of a layer; 0 if the header does not tell."""
-    key_length, value_length = (head.number(f"attention.{x}_length") for x in ("key", "value"))
-    if latent := head.shape(f"blk.{layer}.attn_kv_a_mqa.weight")[1]:
-        if head.number("attention.key_length_mla"):
+    key_length, value_length = (file.number(f"attention.{x}_length") or 0 for x in ("key", "value"))
+    if latent := file.shape(f"blk.{layer}.attn_kv_a_mqa.weight")[1]:
+        if file.number("attention.key_length_mla"):
             return latent  # keys and values are views of one row
-        return head.number("attention.head_count") * (key_length + value_length)
-    if key := head.shape(f"blk.{layer}.attn_k.weight")[1]:
-        return key + (head.shape(f"blk.{layer}.attn_v.weight")[1] or key)
-    if fused := head.shape(f"blk.{layer}.attn_qkv.weight")[1]:
-        values = head.shape(f"blk.{layer}.attn_output.weight")[0]  # of all query heads
+        return (file.number("attention.head_count") or 0) * (key_length + value_length)
+    if key := file.shape(f"blk.{layer}.attn_k.weight")[1]:
+        return key + (file.shape(f"blk.{layer}.attn_v.weight")[1] or key)
+    if fused := file.shape(f"blk.{layer}.attn_qkv.weight")[1]:
+        values = file.shape(f"blk.{layer}.attn_output.weight")[0]  # of all query heads
         queries = values // value_length * key_length if value_length else values
         return fused - queries
     return 0
@@ -203,31 +167,30 @@ def _copies(state: int, n: int) -> int:
     return min(n * state, _COPIES_MOST)
 
 
-def _state(target: Source) -> int | None:
+def _state(model: Gguf) -> int | None:
     """Bytes of the recurrent state, in single precision; None where the header does not tell."""
     convolutions: dict[str, list[tuple[int, ...]]] = {}  # by layer
-    for name, tensor in target.header.tensors.items():
+    for name, tensor in model.tensors.items():
         layer, _, rest = name.partition(".ssm_conv1d")
         if (
             rest.endswith(".weight") and len(tensor.shape) >= 2
         ):  # one, or in delta attention one each for q, k and v
             convolutions.setdefault(layer, []).append(tensor.shape)
+    state = (model.number("ssm.state_size") or 0) * (model.number("ssm.inner_size") or 0)
     numbers = 0
     for shapes in convolutions.values():
         channels = [prod(shape[1:]) for shape in shapes]
         numbers += sum((shape[0] - 1) * n for shape, n in zip(shapes, channels, strict=True))
-        numbers += target.number("kda.head_dim") * channels[0] or target.number(
-            "ssm.state_size"
-        ) * target.number("ssm.inner_size")
+        numbers += (model.number("kda.head_dim") or 0) * channels[0] or state
     return numbers * _F32 or None
 
 
-def _rows(target: Source, head: Source, n_ctx: int, depth: int) -> int:
+def _rows(target: HeadReport, head: HeadReport, n_ctx: int, depth: int) -> int:
     """Hidden rows of a batch, four times, and the logits of the drafts.
 
     They stand in the output buffers of both contexts, in the queue between them and in the draft's
     batch. A draft context that hands out masked rows keeps one per output, not a batch of them.
     """
-    width = target.number("embedding_length_out") or target.report.n_embd
-    copies = 3 if head.report.gathers else 4
-    return min(_N_BATCH, n_ctx) * width * _F32 * copies + depth * target.n_vocab * _F32
+    width = target.file.number("embedding_length_out") or target.n_embd
+    copies = 3 if head.gathers else 4
+    return min(_N_BATCH, n_ctx) * width * _F32 * copies + depth * target.file.n_tokens * _F32

@@ -7,19 +7,20 @@ is asked of the host in a child process, without loading weights (:func:`ask`).
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from ..gguf.header import TensorInfo, read_header, type_name
+from ..gguf.header import TensorInfo
+from ..gguf.model import Gguf, StrPath
+from ..gguf.types import type_name
 from ..heads.architectures import ARCHITECTURES, Rollback
-from ..heads.check import report_on
+from ..heads.check import HeadReport, check_head
 from ..heads.narrow import usual_size
 from .draft_cost import Reads, reads
-from .forecast import Forecast, Source, forecast
+from .forecast import Forecast, forecast
 from .probe_host import ask_host
 
 Verdict = Literal["run", "pair", "graft", "find", "none"]
@@ -123,9 +124,9 @@ class Inspection:
 
 
 def inspect_file(
-    path: str | os.PathLike[str],
+    path: Gguf | StrPath,
     *,
-    draft_model: str | os.PathLike[str] | None = None,
+    draft_model: Gguf | StrPath | None = None,
     n_ctx: int = N_CTX,
     depth: int = DEPTH,
     probe: bool = True,
@@ -148,12 +149,8 @@ def inspect_file(
         ModelFileError: a file is unreadable, no GGUF, damaged or truncated.
         LlamaMtpError: no child can be started.
     """
-    header = read_header(path)
-    target = Source(header, report_on(header))
-    head = target
-    if draft_model is not None:
-        other = read_header(draft_model)
-        head = Source(other, report_on(other, target=target.report))
+    target = check_head(path)
+    head = target if draft_model is None else check_head(draft_model, target=target)
     inspection = _from_headers(target, head, n_ctx, depth)
     return ask(inspection, timeout=timeout, options=options) if probe else inspection
 
@@ -199,39 +196,36 @@ def ask(
     )
 
 
-def _from_headers(target: Source, head: Source, n_ctx: int, depth: int) -> Inspection:
-    header, report = target.header, head.report
-    alone = head is not target
-    tensors = head.head
+def _from_headers(target: HeadReport, head: HeadReport, n_ctx: int, depth: int) -> Inspection:
+    file, alone = target.file, head is not target
+    tensors = head.file.in_blocks(head.file.declared)
     names = set() if alone else {tensor.name for tensor in tensors}
-    vocabulary = header.metadata.get("tokenizer.ggml.tokens")
-    name = header.metadata.get("general.name")
     verdict, next_command = _advice(target, head)
     if verdict == "run" and depth != DEPTH:  # doctor is to try what was asked about
         next_command += f" --depth {depth}"
-    read = reads(target, head) if report.executable else None
-    worth_asking = report.executable or (report.untested and not report.missing)
+    read = reads(target, head) if head.executable else None
+    worth_asking = head.executable or (head.untested and not head.missing)
     return Inspection(
-        path=str(header.path),
-        draft_model=str(head.header.path) if alone else None,
-        n_parts=len(header.parts),
-        file_size=header.file_size,
-        name=name if isinstance(name, str) else "",
-        architecture=target.report.architecture,
-        n_layer_trunk=target.report.n_layer_trunk,
-        n_heads=report.n_heads,
-        n_embd=target.report.n_embd,
-        n_vocab=getattr(vocabulary, "count", 0),
-        n_ctx_train=target.report.n_ctx_train,
-        present=tuple(sorted(tensor.name for tensor in head.head)),
-        missing=report.missing,
+        path=str(file.path),
+        draft_model=str(head.file.path) if alone else None,
+        n_parts=len(file.parts),
+        file_size=file.file_size,
+        name=file.text("general.name"),
+        architecture=target.architecture,
+        n_layer_trunk=target.n_layer_trunk,
+        n_heads=head.n_heads,
+        n_embd=target.n_embd,
+        n_vocab=file.n_tokens,
+        n_ctx_train=target.n_ctx_train,
+        present=tuple(sorted(tensor.name for tensor in tensors)),
+        missing=head.missing,
         head=_quantisation(tensors),
-        trunk=_quantisation(t for t in header.tensors.values() if t.name not in names),
-        rollback=target.report.rollback,
-        shares_kv=report.shares_kv,
-        untested=report.untested,
-        reason=report.reason,
-        remedy=report.remedy,
+        trunk=_quantisation(t for t in file.tensors.values() if t.name not in names),
+        rollback=target.rollback,
+        shares_kv=head.shares_kv,
+        untested=head.untested,
+        reason=head.reason,
+        remedy=head.remedy,
         forecast=forecast(target, head, n_ctx, depth) if worth_asking else None,
         reads=read,
         verdict=verdict,
@@ -247,36 +241,37 @@ def _quantisation(tensors: Iterable[TensorInfo]) -> Quantisation:
     return Quantisation(dict(sizes.most_common()))
 
 
-def _advice(target: Source, head: Source) -> tuple[Verdict, str]:
+def _advice(target: HeadReport, head: HeadReport) -> tuple[Verdict, str]:
     """The verdict, and the command that comes next."""
-    file, report = shlex.quote(str(target.header.path)), head.report
+    file = shlex.quote(str(target.file.path))
     if head is not target:
-        own = f"--draft-model {shlex.quote(str(head.header.path))}"
-        if report.executable:
+        own = f"--draft-model {shlex.quote(str(head.file.path))}"
+        if head.executable:
             return "run", f"llama-mtp doctor {file} {own}"
         return "find", f"llama-mtp inspect {file} --draft-model OTHER.gguf"
-    if report.executable:
+    if head.executable:
         return "run", f"llama-mtp doctor {file}"
-    architecture = ARCHITECTURES.get(report.architecture)
-    if architecture is None and report.architecture not in _TARGETS:
+    architecture = ARCHITECTURES.get(head.architecture)
+    if architecture is None and head.architecture not in _TARGETS:
         return "none", "llama-mtp plugins"  # a spec type of a plugin needs no head
     if architecture is None:
         return "pair", f"llama-mtp inspect {file} --draft-model ASSISTANT.gguf"
     if architecture.shares_kv:
         return "pair", f"llama-mtp inspect TARGET.gguf --draft-model {file}"
-    if report.n_heads > 1 and not architecture.chained:
+    if head.n_heads > 1 and not architecture.chained:
         return "none", "llama-mtp plugins"
-    if head.head and not any(name.startswith("blk.0.") for name in target.header.tensors):
+    if head.file.in_blocks(head.file.declared) and not head.file.in_blocks(range(1)):
         return "graft", f"llama-mtp graft BASE.gguf {file} -o JOINED.gguf"
     return "graft", f"llama-mtp graft {file} HEAD.gguf -o JOINED.gguf"
 
 
-def _cheaper(head: Source, read: Reads) -> str:
+def _cheaper(head: HeadReport, read: Reads) -> str:
     """The command that lets a draft step read less, where that saves 3 % of a decode or more."""
-    left_out = 1 - usual_size(head.n_vocab) / head.n_vocab if head.n_vocab else 0.0
-    if head.report.narrow or left_out * read.output <= 0.03 * read.token:
+    n_vocab = head.file.n_tokens
+    left_out = 1 - usual_size(n_vocab) / n_vocab if n_vocab else 0.0
+    if head.narrow or left_out * read.output <= 0.03 * read.token:
         return ""
-    return f"llama-mtp narrow {shlex.quote(str(head.header.path))}"
+    return f"llama-mtp narrow {shlex.quote(str(head.file.path))}"
 
 
 _TARGETS = {a.target for a in ARCHITECTURES.values() if a.target}

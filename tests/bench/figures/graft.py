@@ -22,8 +22,9 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import models
 
-from llama_mtp.gguf.header import BLOCKS, read_header
+from llama_mtp.gguf.header import read_header
 from llama_mtp.gguf.metadata import metadata_of
+from llama_mtp.gguf.types import BLOCKS
 from llama_mtp.gguf.write import TensorSource, stored, write_gguf
 from llama_mtp.heads.split import strip
 

@@ -1,4 +1,4 @@
-"""Reads the MTP head out of a Hugging Face checkpoint, as tensors that llama.cpp knows.
+"""Reads the MTP head out of an HF checkpoint, as tensors that llama.cpp knows.
 
 `families` says what the checkpoint calls each tensor; here the tensors are found, checked against
 the model that they are to be joined to, and described: every one as runs of rows of the
@@ -9,42 +9,29 @@ wants in F32 (norms, biases, routers) becomes that.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from ...errors import ModelFileError
-from ...gguf.header import ArrayInfo, Header
-from ...gguf.metadata import decode, entry, metadata_of
-from ...gguf.write import HeadSource, TensorSource
-from ..split import block_of, blocks_of
-from .families import FAMILIES, Family, Part, family_of
-from .safetensors import Checkpoint, StoredTensor, read_json
-from .weights import (
-    F32,
-    TYPES,
-    Run,
-    Shape,
-    Tensor,
-    Weight,
-    scales_of,
-    source_of,
-    to_f32,
-    transpose,
-)
-
-__all__ = ["read_head"]
-
-_TOKENS = "tokenizer.ggml.tokens"
+from ...gguf.metadata import entry
+from ...gguf.model import Gguf, StrPath, block_of
+from ...gguf.types import F32
+from ...gguf.write import TensorSource
+from ..source import HeadSource
+from .config import Config
+from .families import FAMILIES, Family, Part, family_of, parts_of
+from .safetensors import Checkpoint, StoredTensor
+from .vocabulary import shared_vocabulary
+from .weights import TYPES, Run, Shape, Tensor, Weight, scales_of, to_f32, to_f32_and_one, transpose
 
 # What the host reads in F32 besides vectors and norms.
 _ALWAYS_F32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "indexer.proj.weight")
+_SAME = "Take the head from the checkpoint that this model was made from."
 
 
-def read_head(folder: str | os.PathLike[str], base: Header) -> HeadSource:
-    """Find the MTP head of a checkpoint, for the GGUF whose header is ``base``.
+def read_head(folder: StrPath, base: Gguf) -> HeadSource:
+    """Find the MTP head of an HF checkpoint, for the model ``base``.
 
     Only headers are read here; the tensors' data is when their chunks are asked for.
 
@@ -53,7 +40,7 @@ def read_head(folder: str | os.PathLike[str], base: Header) -> HeadSource:
             family is not known; or it is another model than ``base``.
     """
     folder = Path(folder)
-    config = _config(folder)
+    config = Config(folder)
     family = family_of(config)
     if family is None:
         known = ", ".join(dict.fromkeys(model for f in FAMILIES for model in f.models))
@@ -61,107 +48,85 @@ def read_head(folder: str | os.PathLike[str], base: Header) -> HeadSource:
             f"{folder} is a checkpoint of {config.get('architectures')}, whose head this release "
             f"cannot read; it knows {known}. Convert it with llama.cpp and graft from that file."
         )
-    model = _Base(base)
-    _check_model(folder, config, family, model)
-    checkpoint = Checkpoint(folder)
-    reader = _Reader(checkpoint, config, family)
+    _check_model(folder, config, family, base)
+    reader = _Reader(Checkpoint(folder), config, family)
     n_heads = reader.count_heads()
-    checkpoint.require(reader.places(n_heads))
+    reader.require(n_heads)
     tensors = [
-        source_of(f"blk.{head}.{name}", tensor)
+        tensor.source(f"blk.{head}.{name}")
         for head in range(n_heads)
         for name, tensor in reader.block(head)
     ]
-    for tensor in tensors:
-        model.check_shape(folder, tensor)
-    metadata = _per_layer(config, family, model, n_heads) | _vocabulary(folder, model)
-    n_vocab = _number(config, "vocab_size", folder)
-    if n_vocab <= model.n_tokens < n_vocab + family.vocab_multiple:
-        n_vocab = model.n_tokens  # filled up when it was converted
+    _check_shapes(folder, tensors, base)
+    n_vocab = config.number("vocab_size")
+    if n_vocab <= base.n_tokens < n_vocab + family.vocab_multiple:
+        n_vocab = base.n_tokens  # filled up when it was converted
     return HeadSource(
         architecture=family.arch,
         n_heads=n_heads,
-        n_embd=_number(config, "hidden_size", folder),
+        n_embd=config.number("hidden_size"),
         tensors=tuple(tensors),
         origin=folder.resolve().name,
-        metadata=metadata,
+        files=tuple(folder.iterdir()),
+        metadata=_per_layer(config, family, base, n_heads) | shared_vocabulary(folder, base),
         n_vocab=n_vocab,
     )
-
-
-# --- config.json ----------------------------------------------------------------------------------
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """Read config.json; of a multimodal model, what it says of the language model comes first."""
-    if not (folder / "config.json").is_file():
-        raise ModelFileError(
-            f"{folder} is no checkpoint: it has no config.json. Pass the folder that holds it and "
-            "the *.safetensors files."
-        )
-    config = read_json(folder / "config.json")
-    for key in ("text_config", "llm_config"):
-        if isinstance(inner := config.get(key), dict):
-            config = {**config, **inner, "architectures": config.get("architectures")}
-    return config
-
-
-def _number(config: Mapping[str, Any], key: str, folder: Path) -> int:
-    value = config.get(key)
-    if type(value) is not int or not 0 < value < 2**31:
-        raise ModelFileError(
-            f"{folder / 'config.json'} has {key} = {value!r} where a number is needed. "
-            "Download it again."
-        )
-    return value
-
-
-def _count_layers(config: Mapping[str, Any], folder: Path) -> int:
-    """Layers of the trunk; some families list them instead of counting."""
-    for key in ("hybrid_override_pattern", "layers_block_type"):
-        if isinstance(pattern := config.get(key), str | list):
-            return len(pattern)
-    return _number(config, "num_hidden_layers", folder)
 
 
 # --- the model that the head is to be joined to ---------------------------------------------------
 
 
-class _Base:
-    """What the base's header says, as far as a head has to agree with it."""
-
-    def __init__(self, header: Header) -> None:
-        blocks = blocks_of(header)
-        self.header = header
-        self.arch = blocks.architecture
-        self.n_trunk = blocks.n_trunk
-        self.n_embd = header.metadata.get(f"{self.arch}.embedding_length")
-        tokens = header.metadata.get(_TOKENS)
-        self.n_tokens = tokens.count if isinstance(tokens, ArrayInfo) else 0
-        # Name without the block to the shapes that it has in the trunk, without ones at the end.
-        self._shapes: dict[str, set[Shape]] = {}
-        for name, tensor in header.tensors.items():
-            block, part = block_of(name)
-            if 0 <= block < self.n_trunk:
-                self._shapes.setdefault(part, set()).add(_trimmed(tensor.shape))
-
-    def has(self, part: str) -> bool:
-        """Whether a block of the trunk has this tensor."""
-        return part in self._shapes
-
-    def check_shape(self, folder: Path, tensor: TensorSource) -> None:
-        """Raise unless a tensor has the shape of its like in the trunk, if there is one."""
-        part = tensor.name.split(".", 2)[2]
-        wanted = self._shapes.get(part)
-        if wanted and _trimmed(tensor.shape) not in wanted:
+def _check_model(folder: Path, config: Config, family: Family, base: Gguf) -> None:
+    """Raise unless config.json describes the base."""
+    pairs = {
+        "architecture": (family.arch, base.architecture),
+        "number of layers": (config.n_layers, base.heads.start),
+        "hidden size": (config.number("hidden_size"), base.number("embedding_length")),
+    }
+    for what, (theirs, ours) in pairs.items():
+        if theirs != ours:
             raise ModelFileError(
-                f"{folder} has {tensor.name} with the dimensions {_times(tensor.shape)}, where "
-                f"{self.header.path} needs {' or '.join(map(_times, sorted(wanted)))}. Take the "
-                "head from the checkpoint that this model was made from."
+                f"{folder} and {base.path} are not the same model: the {what} is {theirs} there "
+                f"and {ours} here. {_SAME}"
+            )
+    parts = {block_of(tensor.name)[1] for tensor in base.trunk_tensors}
+    if "attn_kv_b.weight" in parts and "attn_k_b.weight" not in parts:
+        raise ModelFileError(
+            f"{base.path} was converted before llama.cpp split attn_kv_b, and no head fits it any "
+            "more. Convert or download the model again."
+        )
+
+
+def _check_shapes(folder: Path, tensors: Sequence[TensorSource], base: Gguf) -> None:
+    """Raise unless the tensors have the shapes of their like in the trunk, where there is one."""
+    there: dict[str, set[Shape]] = {}
+    for tensor in base.trunk_tensors:
+        there.setdefault(block_of(tensor.name)[1], set()).add(_trimmed(tensor.shape))
+    for source in tensors:
+        wanted = there.get(block_of(source.name)[1])
+        if wanted and _trimmed(source.shape) not in wanted:
+            raise ModelFileError(
+                f"{folder} has {source.name} with the dimensions {_times(source.shape)}, where "
+                f"{base.path} needs {' or '.join(map(_times, sorted(wanted)))}. {_SAME}"
             )
 
 
+def _per_layer(config: Config, family: Family, base: Gguf, n_heads: int) -> dict[str, bytes]:
+    """Return the head's own values of what the base says for each layer."""
+    values = family.arrays(config, base.heads.start, n_heads)
+    arrays = {f"{family.arch}.{name}": array for name, array in values.items()}
+    arrays = {key: array for key, array in arrays.items() if key in base.metadata}
+    for key, array in arrays.items():
+        if None in array:
+            raise ModelFileError(
+                f"The checkpoint's config.json does not say what {key} is for the head. "
+                "Download it again."
+            )
+    return {key: entry(key, array) for key, array in arrays.items()}
+
+
 def _trimmed(shape: Shape) -> Shape:
+    """Leave out ones at the end."""
     while len(shape) > 1 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
@@ -171,43 +136,23 @@ def _times(shape: Shape) -> str:
     return " x ".join(map(str, shape))
 
 
-def _check_model(folder: Path, config: Mapping[str, Any], family: Family, base: _Base) -> None:
-    """Raise unless config.json describes the base."""
-    pairs = {
-        "architecture": (family.arch, base.arch),
-        "number of layers": (_count_layers(config, folder), base.n_trunk),
-        "hidden size": (_number(config, "hidden_size", folder), base.n_embd),
-    }
-    for what, (theirs, ours) in pairs.items():
-        if theirs != ours:
-            raise ModelFileError(
-                f"{folder} and {base.header.path} are not the same model: the {what} is {theirs} "
-                f"there and {ours} here. Take the head from the checkpoint that this model was "
-                "made from."
-            )
-    if base.has("attn_kv_b.weight") and not base.has("attn_k_b.weight"):
-        raise ModelFileError(
-            f"{base.header.path} was converted before llama.cpp split attn_kv_b, and no head fits "
-            "it any more. Convert or download the model again."
-        )
-
-
 # --- from names to tensors ------------------------------------------------------------------------
 
 
 class _Reader:
     """Finds the tensors of a checkpoint's NextN blocks by the table of its family."""
 
-    def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any], family: Family) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: Config, family: Family) -> None:
         self.checkpoint = checkpoint
         self.folder = checkpoint.folder
         self.config = config
         self.family = family
-        self.first_layer = _count_layers(config, self.folder)
+        self.parts = parts_of(family.parts)
+        self.choices = [[parts_of(table) for table in ways] for ways in family.choices]
 
     def count_heads(self) -> int:
         """Return how many heads there are: as config.json says, or as are found."""
-        name = self.family.parts["attn_norm.weight"][0].names[0]
+        name = self.parts["attn_norm.weight"].ways[0].name
         declared = self.config.get(self.family.count_key)
         if type(declared) is int and declared > 0:
             return declared
@@ -223,10 +168,11 @@ class _Reader:
             )
         return found
 
-    def places(self, n_heads: int) -> tuple[str, ...]:
-        """Return what the names of the heads' tensors begin with."""
+    def require(self, n_heads: int) -> None:
+        """Raise ModelFileError naming all files of the heads that are missing."""
         # A config can claim any number of heads; the second that is not there ends the reading.
-        return tuple({self._place(self.family.place, head) for head in range(min(n_heads, 64))})
+        heads = range(min(n_heads, 64))
+        self.checkpoint.require(tuple({self._place(self.family.place, head) for head in heads}))
 
     def block(self, head: int) -> Iterator[tuple[str, Tensor]]:
         """Yield name (without ``blk.N.``) and tensor of everything that one head has.
@@ -234,94 +180,78 @@ class _Reader:
         Raises:
             ModelFileError: a tensor is missing, or cannot be what the table says.
         """
-        parts = dict(self.family.parts)
-        for ways in self.family.choices:
-            parts |= next(
-                (way for way in ways if self._found(next(iter(way.values())), head)), ways[0]
-            )
-        for name, alternatives in parts.items():
-            if found := self._found(alternatives, head):
+        parts = dict(self.parts)
+        for ways in self.choices:
+            there = (way for way in ways if self._found(next(iter(way.values())), head))
+            parts |= next(there, ways[0])
+        for name, part in parts.items():
+            if found := self._found(part, head):
                 yield name, self._tensor(name, *found, head)
-            elif not all(part.optional for part in alternatives):
-                self._missing(alternatives[0], head)
+            elif not part.optional:
+                raise self._missing(self._place(part.ways[0].name, head))
 
     def _place(self, template: str, head: int, expert: int = 0) -> str:
-        return (
-            template.replace("{layer}", str(self.first_layer + head))
-            .replace("{head}", str(head))
-            .replace("{e}", str(expert))
-        )
+        layer = self.config.n_layers + head
+        for field, value in (("layer", layer), ("head", head), ("e", expert)):
+            template = template.replace(f"{{{field}}}", str(value))
+        return template
 
-    def _found(self, alternatives: tuple[Part, ...], head: int) -> tuple[Part, str] | None:
-        """Return the first alternative that the checkpoint has, and its template."""
-        for part in alternatives:
-            for template in part.names:
-                name = self._place(template, head)
-                if name in self.checkpoint:
-                    return part, template
-                if part.how == "qkv" and name.replace("qkv_proj", "q_proj") in self.checkpoint:
-                    return part, template
+    def _found(self, part: Part, head: int) -> tuple[str, str] | None:
+        """Return how a tensor is made, and the template of its name; None if it is not there."""
+        for how, template in part.ways:
+            name = self._place(template, head)
+            apart = how == "qkv" and name.replace("qkv_proj", "q_proj") in self.checkpoint
+            if apart or name in self.checkpoint:
+                return how, template
         return None
 
-    def _missing(self, part: Part, head: int) -> None:
-        name = self._place(part.names[0], head)
-        packed = [
-            name.removesuffix("weight") + suffix
-            for suffix in ("qweight", "weight_packed", "blocks")
-            if name.removesuffix("weight") + suffix in self.checkpoint
-        ]
-        if packed:
-            raise ModelFileError(
-                f"{self.folder} has the MTP head in a packed format ({packed[0]}), which this "
+    def _missing(self, name: str) -> ModelFileError:
+        stem = name.removesuffix("weight")
+        packed = (stem + suffix for suffix in ("qweight", "weight_packed", "blocks"))
+        if found := next((name for name in packed if name in self.checkpoint), ""):
+            return ModelFileError(
+                f"{self.folder} has the MTP head in a packed format ({found}), which this "
                 "release cannot read. Take the BF16 or FP8 checkpoint."
             )
-        raise ModelFileError(
+        return ModelFileError(
             f"{self.folder} lacks {name} of its MTP head. Download the missing files, or take the "
             "original checkpoint; a fine-tuned one often comes without a head."
         )
 
-    def _tensor(self, name: str, part: Part, template: str, head: int) -> Tensor:
+    def _tensor(self, name: str, how: str, template: str, head: int) -> Tensor:
         place = self._place(template, head)
-        if part.how == "experts":
+        if how == "experts":
             return self._experts(template, head)
-        if part.how == "qkv":
+        if how == "qkv":
             return self._qkv(place)
         weight = self._weight(place)
-        shape = weight.stored.shape
-        if part.how in ("k_b", "v_b"):
-            return self._half_of_kv_b(weight, part.how == "k_b")
-        if part.how in ("gate_half", "up_half"):
-            return self._half_of_experts(weight, part.how == "gate_half")
-        while len(shape) > 1 and shape[-1] == 1:
-            shape = shape[:-1]
-        run = Run(weight, 0, weight.stored.n_rows)
+        if how in ("k_b", "v_b"):
+            return self._half_of_kv_b(weight, how == "k_b")
+        if how in ("gate_half", "up_half"):
+            return self._half_of_experts(weight, how == "gate_half")
+        shape, runs = _trimmed(weight.stored.shape), (Run(weight, 0, weight.stored.n_rows),)
         norm = name.endswith("norm.weight")
         if norm or len(shape) <= 1 or not name.endswith(".weight") or name in _ALWAYS_F32:
-            more = 1.0 if norm and self.family.norms_less_one else 0.0
-            return Tensor(shape, F32, (run,), to_f32(weight.type, more))
-        return Tensor(shape, weight.type, (run,))
+            convert = to_f32_and_one if norm and self.family.norms_less_one else to_f32
+            return Tensor(shape, F32, runs, convert)
+        return Tensor(shape, weight.type, runs)
 
     def _experts(self, template: str, head: int) -> Tensor:
         """Stack the experts of one projection."""
-        count = 0
-        weights = []
-        while (place := self._place(template, head, count)) in self.checkpoint:
+        weights: list[Weight] = []
+        while (place := self._place(template, head, len(weights))) in self.checkpoint:
             weights.append(self._weight(place))
-            count += 1
-        declared = [
-            value
-            for key in ("n_routed_experts", "num_experts", "num_local_experts")
-            if type(value := self.config.get(key)) is int
-        ]
-        if declared and count < declared[0]:
+        keys = ("n_routed_experts", "num_experts", "num_local_experts")
+        declared = [n for key in keys if type(n := self.config.get(key)) is int]
+        if declared and len(weights) < declared[0]:
             raise ModelFileError(f"{self.folder} lacks {place}. Download the missing files.")
-        return self._joined(weights, (count, *weights[0].stored.shape))
+        return self._joined(weights, (len(weights), *weights[0].stored.shape))
 
     def _half_of_experts(self, weight: Weight, upper: bool) -> Tensor:
         """Take gate or up out of ``[experts, gate and up, columns]``."""
         shape = weight.stored.shape
         if len(shape) != 3 or shape[1] % 2:
-            self._unfit(weight, "[experts, 2 n, columns]")
+            raise self._unfit(weight, "[experts, 2 n, columns]")
         n_experts, n_rows, n_columns = shape
         half = n_rows // 2
         starts = [e * n_rows + (0 if upper else half) for e in range(n_experts)]
@@ -330,18 +260,16 @@ class _Reader:
 
     def _half_of_kv_b(self, weight: Weight, key: bool) -> Tensor:
         """Take the heads' keys, each transposed, or their values, out of MLA's kv_b."""
-        n_head, n_key, n_value = (
-            _number(self.config, name, self.folder)
-            for name in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim")
-        )
+        names = ("num_attention_heads", "qk_nope_head_dim", "v_head_dim")
+        n_head, n_key, n_value = map(self.config.number, names)
         both = n_key + n_value
         if len(weight.stored.shape) != 2 or weight.stored.n_rows != n_head * both:
-            self._unfit(weight, f"[{n_head} x {both}, columns]")
-        rank = weight.stored.n_columns
+            raise self._unfit(weight, f"[{n_head} x {both}, columns]")
+        rank, heads = weight.stored.n_columns, range(0, n_head * both, both)
         if key:
-            runs = tuple(Run(weight, h * both, h * both + n_key) for h in range(n_head))
+            runs = tuple(Run(weight, h, h + n_key) for h in heads)
             return Tensor((n_head, rank, n_key), weight.type, runs, transpose, whole=True)
-        runs = tuple(Run(weight, h * both + n_key, (h + 1) * both) for h in range(n_head))
+        runs = tuple(Run(weight, h + n_key, h + both) for h in heads)
         return Tensor((n_head, n_value, rank), weight.type, runs)
 
     def _qkv(self, place: str) -> Tensor:
@@ -356,23 +284,20 @@ class _Reader:
             return self._joined([weight], shape)
         # One after the other stand the rows of each rank that the model was trained on: its share
         # of query, of key and of value.
-        shares = [n // (n_rows // weight.group) for n in self._qkv_rows(weight)]
-        starts = [0, shares[0], shares[0] + shares[1]]
+        n_q, n_k, n_v = (n // (n_rows // weight.group) for n in self._qkv_rows(weight.stored))
         runs = tuple(
             Run(weight, rank + start, rank + start + share)
-            for start, share in zip(starts, shares, strict=True)
+            for start, share in ((0, n_q), (n_q, n_k), (n_q + n_k, n_v))
             for rank in range(0, n_rows, weight.group)
         )
         return Tensor(shape, weight.type, runs)
 
-    def _qkv_rows(self, weight: Weight) -> tuple[int, int, int]:
-        n_head, n_kv, width, v_width = (
-            _number(self.config, key, self.folder)
-            for key in ("num_attention_heads", "swa_num_key_value_heads", "head_dim", "v_head_dim")
-        )
+    def _qkv_rows(self, stored: StoredTensor) -> tuple[int, int, int]:
+        keys = ("num_attention_heads", "swa_num_key_value_heads", "head_dim", "v_head_dim")
+        n_head, n_kv, width, v_width = map(self.config.number, keys)
         rows = (n_head * width, n_kv * width, n_kv * v_width)
-        if sum(rows) != weight.stored.n_rows:
-            self._unfit(weight, f"[{sum(rows)}, columns]")
+        if sum(rows) != stored.n_rows:
+            raise self._unfit(Weight(stored), f"[{sum(rows)}, columns]")
         return rows
 
     def _joined(self, weights: list[Weight], shape: Shape) -> Tensor:
@@ -380,14 +305,14 @@ class _Reader:
         first = weights[0]
         for weight in weights:
             if weight.type != first.type or weight.stored.n_columns != first.stored.n_columns:
-                self._unfit(weight, f"rows like those of {first.stored.name}")
+                raise self._unfit(weight, f"rows like those of {first.stored.name}")
         runs = tuple(Run(weight, 0, weight.stored.n_rows) for weight in weights)
         if sum(run.last for run in runs) != prod(shape[:-1]):
-            self._unfit(first, "the same shape in all of its kind")
+            raise self._unfit(first, "the same shape in all of its kind")
         return Tensor(shape, first.type, runs)
 
-    def _unfit(self, weight: Weight, wanted: str) -> None:
-        raise ModelFileError(
+    def _unfit(self, weight: Weight, wanted: str) -> ModelFileError:
+        return ModelFileError(
             f"{self.folder} has {weight.stored.name} as {list(weight.stored.shape)} of "
             f"{weight.stored.dtype}, where {wanted} is needed. Download it again."
         )
@@ -418,9 +343,8 @@ class _Reader:
         if prod(scale.shape) == 1:
             return Weight(stored, scales_of(scale), (n_rows, n_columns), n_rows)
         if scale.shape in ((n_rows,), (*stored.shape[:-1], 1)):  # one for each row
-            each = scales_of(scale).reshape(n_rows, 1)
-            return Weight(stored, each, (1, n_columns), n_rows)
-        block = self._block_size()
+            return Weight(stored, scales_of(scale).reshape(-1, 1), (1, n_columns), n_rows)
+        block = self.config.block_size
         group = stored.shape[-2] if len(stored.shape) > 1 else 1
         if sharded:
             group = self._rows_per_rank(stored, scale.n_rows, block[0])
@@ -433,21 +357,6 @@ class _Reader:
             )
         return Weight(stored, scales_of(scale), (block[0], min(block[1], n_columns)), group)
 
-    def _block_size(self) -> tuple[int, int]:
-        how = self.config.get("quantization_config")
-        size = how.get("weight_block_size") if isinstance(how, dict) else None
-        size = [128, 128] if size is None else size
-        if (
-            not isinstance(size, list)
-            or len(size) != 2
-            or not all(type(n) is int and 0 < n < 2**31 for n in size)
-        ):
-            raise ModelFileError(
-                f"{self.folder / 'config.json'} has weight_block_size = {size!r}, where two "
-                "numbers are needed. Download it again."
-            )
-        return size[0], size[1]
-
     def _rows_per_rank(self, stored: StoredTensor, n_scales: int, block: int) -> int:
         """Return the rows after which a matrix of several ranks starts anew; all if it has one.
 
@@ -456,73 +365,7 @@ class _Reader:
         """
         for ranks in (8, 4):
             rows, rest = divmod(stored.n_rows, ranks)
-            if not rest and ranks * -(-rows // block) == n_scales:
-                if any(n % ranks for n in self._qkv_rows(Weight(stored))):
-                    continue
+            fits = not rest and ranks * -(-rows // block) == n_scales
+            if fits and not any(n % ranks for n in self._qkv_rows(stored)):
                 return rows
         return stored.n_rows
-
-
-# --- vocabulary and metadata ----------------------------------------------------------------------
-
-
-def _vocabulary(folder: Path, base: _Base) -> dict[str, bytes]:
-    """Return the base's list of tokens if the folder's, where it has one, is the same.
-
-    Raises:
-        ModelFileError: a token differs. The base may have more: those that only fill it up.
-    """
-    theirs = _tokens(folder)
-    raw = metadata_of(base.header).get(_TOKENS)
-    if not theirs or raw is None:
-        return {}
-    ours = decode(_TOKENS, raw)
-    for number, token in theirs.items():
-        here = ours[number] if 0 <= number < len(ours) else None
-        # llama.cpp has the space of tokens that were added as it is, not as a lower one, and it
-        # fills gaps, which a later version of the tokenizer may have closed.
-        if here not in (token, token.replace("\u2581", " "), f"[PAD{number}]"):
-            raise ModelFileError(
-                f"{folder} and {base.header.path} have different vocabularies: token {number} is "
-                f"{token!r} there and {here!r} here. Take the head from the checkpoint that this "
-                "model was made from."
-            )
-    return {_TOKENS: raw}
-
-
-def _tokens(folder: Path) -> dict[int, str]:
-    """Return id to text of a checkpoint's tokens; empty if they are in no file that is known."""
-    pairs: list[tuple[Any, Any]] = []
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = read_json(folder / "tokenizer.json")
-        model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
-        texts = model.get("vocab") if isinstance(model, dict) else None
-        if isinstance(texts, dict):
-            pairs += texts.items()
-        elif isinstance(texts, list):  # [text, score] in the order of ids
-            pairs += [(v[0], i) for i, v in enumerate(texts) if isinstance(v, list) and v]
-        if isinstance(added, list):
-            pairs += [(t.get("content"), t.get("id")) for t in added if isinstance(t, dict)]
-    else:
-        for name in ("vocab.json", "added_tokens.json"):
-            if (folder / name).is_file():
-                pairs += read_json(folder / name).items()
-    return {i: text for text, i in pairs if isinstance(text, str) and type(i) is int}
-
-
-def _per_layer(
-    config: Mapping[str, Any], family: Family, base: _Base, n_heads: int
-) -> dict[str, bytes]:
-    """Return the head's own values of what the base says for each layer."""
-    metadata = {}
-    for name, values in family.arrays(config, base.n_trunk, n_heads).items():
-        key = f"{family.arch}.{name}"
-        if key not in base.header.metadata:
-            continue
-        if any(value is None for value in values):
-            raise ModelFileError(
-                f"The checkpoint's config.json does not say what {key} is for the head. "
-                "Download it again."
-            )
-        metadata[key] = entry(key, values)
-    return metadata

@@ -15,34 +15,25 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from ...errors import ModelFileError
 
-__all__ = ["Checkpoint", "StoredTensor", "read_json"]
-
 Array = npt.NDArray[Any]
 
-#: safetensors type: the numpy type that holds its bits. BF16 and FP8 have none of their own.
-DTYPES: dict[str, str] = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "BF16": "<u2",
-    "F8_E4M3": "u1",
-    "F8_E5M2": "u1",
-    "F8_E8M0": "u1",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "i1",
-    "U64": "<u8",
-    "U32": "<u4",
-    "U16": "<u2",
-    "U8": "u1",
-    "BOOL": "u1",
+DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(kind)
+    for name, kind in {
+        **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16},
+        **{"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2},
+        **{"F8_E8M0": ml_dtypes.float8_e8m0fnu, "BOOL": "u1"},
+        **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"},
+        **{"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"},
+    }.items()
 }
+"""safetensors type: the numpy type of its values."""
 
 # The largest files of today's largest checkpoints: a tokenizer of 33 MB, an index of 15 MB, a
 # header of 1 MB. JSON takes several times its size once it is read.
@@ -107,13 +98,13 @@ class StoredTensor:
         return self.shape[-1] if self.shape else 1
 
     def read(self, first: int = 0, last: int | None = None) -> Array:
-        """Return rows ``first`` to ``last`` (the end), ``[rows, columns]``, as their bits.
+        """Return rows ``first`` to ``last`` (the end), ``[rows, columns]``.
 
         Raises:
             ModelFileError: the file got shorter, or cannot be read any more.
         """
         last = self.n_rows if last is None else last
-        kind = np.dtype(DTYPES[self.dtype])
+        kind = DTYPES[self.dtype]
         count = (last - first) * self.n_columns
         start = self.offset + first * self.n_columns * kind.itemsize
         try:
@@ -157,10 +148,6 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._place
-
-    def spelling(self, name: str) -> str:
-        """The name of a tensor as the checkpoint spells it."""
-        return self._place[name][1] if name in self._place else name
 
     def require(self, prefixes: tuple[str, ...]) -> None:
         """Raise ModelFileError naming all shards that are not there and hold such tensors."""
@@ -264,7 +251,7 @@ def _stored(name: str, entry: Any, path: Path, data: int, size: int) -> StoredTe
         and place[0] <= place[1] <= size - data
     )
     if sound and dtype in DTYPES:
-        sound = place[1] - place[0] == prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        sound = place[1] - place[0] == prod(shape) * DTYPES[dtype].itemsize
     if not sound:
         raise ModelFileError(
             f"{path} is truncated or damaged: the header's entry of {name!r} does not fit the "
