@@ -103,7 +103,7 @@ _PEERS = (
     "--peers-python build/peers/bin/python"
 )
 _PREFILL = "python tests/bench/figures/prefill.py"
-_THREADS = {"threads": ("2", "2")}
+_THREADS = {"threads": ("2", "1")}  # one never waits for another on a busy machine
 _CLASSES = {
     "classes": (
         "code_python,code_cpp,explain_concept,summarize,qa_factual,translation,creative_short,"
@@ -461,6 +461,19 @@ ENTRIES: tuple[Entry, ...] = (
 def fields(command: str) -> list[str]:
     """Names of the fields of a command, in order."""
     return [name for _, name, _, _ in string.Formatter().parse(command) if name]
+
+
+def filled(command: str, sizes: Sizes, *, quick: bool = False) -> str:
+    """The command as it is typed in the repository's root."""
+    folder = folder_of(quick=quick)
+    values = {name: f"{folder}/{made.file}" for name, made in MODELS.items()}
+    values |= {name: pair[quick] for name, pair in {**MODEL_SIZES, **sizes}.items()}
+    return command.format(**values)
+
+
+def folder_of(*, quick: bool = False) -> str:
+    """Where the model files are, below the repository's root."""
+    return "build/figures-quick" if quick else "build/figures"
 
 
 def models_of(command: str) -> list[str]:

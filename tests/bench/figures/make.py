@@ -29,7 +29,7 @@ from typing import Any
 
 import page
 import results
-from entries import ENTRIES, MODEL_SIZES, MODELS, Entry, fields, models_of
+from entries import ENTRIES, MODELS, Entry, filled, folder_of, models_of
 
 PROGRAMS = {
     "python": [sys.executable],
@@ -46,15 +46,9 @@ class Failed(Exception):
 
 
 class Maker:
-    """Runs commands in the repository's root and keeps the models that they need.
+    """Runs commands in the repository's root and keeps the models that they need."""
 
-    Args:
-        models: folder of the model files, relative to the root.
-        quick: take the small sizes.
-    """
-
-    def __init__(self, models: Path, *, quick: bool) -> None:
-        self._models = models
+    def __init__(self, *, quick: bool) -> None:
         self._quick = quick
 
     def result(self, entry: Entry) -> results.Result:
@@ -66,9 +60,9 @@ class Maker:
 
     def _run(self, entry: Entry, template: str) -> results.Run:
         for name in models_of(template):
-            if not (results.ROOT / self._models / MODELS[name].file).exists():
-                self._print_and_call(self._command(MODELS[name].command, MODEL_SIZES))
-        command = self._command(template, entry.sizes)
+            if not (results.ROOT / folder_of(quick=self._quick) / MODELS[name].file).exists():
+                self._print_and_call(filled(MODELS[name].command, {}, quick=self._quick))
+        command = filled(template, entry.sizes, quick=self._quick)
         start = time.monotonic()
         if entry.table == "output":
             printed = self._print_and_call(command)
@@ -80,11 +74,6 @@ class Maker:
             raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         seconds = round(time.monotonic() - start, 1)
         return results.Run(command, seconds, data=READERS[entry.table](raw))
-
-    def _command(self, template: str, sizes: Any) -> str:
-        values = {name: str(self._models / made.file) for name, made in MODELS.items()}
-        values |= {name: pair[self._quick] for name, pair in sizes.items()}
-        return template.format(**{name: values[name] for name in fields(template)})
 
     def _print_and_call(self, command: str, *more: str) -> str:
         print(f"$ {command}", flush=True)
@@ -144,10 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for entry in entries:
             print(f"{entry.name:20}{entry.minutes:4g} min  {entry.title}")
         return 0
-    models = Path("build", "figures-quick" if args.quick else "figures")
-    (results.ROOT / models).mkdir(parents=True, exist_ok=True)
-    folder = results.ROOT / models / "results" if args.quick else results.FOLDER
-    maker = Maker(models, quick=args.quick)
+    models = results.ROOT / folder_of(quick=args.quick)
+    models.mkdir(parents=True, exist_ok=True)
+    folder = models / "results" if args.quick else results.FOLDER
+    maker = Maker(quick=args.quick)
     failed = []
     for entry in entries if not args.render else ():
         try:
@@ -156,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{entry.name}: {error}", file=sys.stderr, flush=True)
             failed.append(entry.name)
     if args.quick:
-        render(folder, results.ROOT / models / "FIGURES.md", None)
+        render(folder, models / "FIGURES.md", None)
     else:
         render(folder, results.HERE.parent / "FIGURES.md", results.ROOT / "README.md")
     if failed:

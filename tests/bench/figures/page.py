@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from entries import ENTRIES, MODEL_SIZES, MODELS, Entry, models_of
+from entries import ENTRIES, MODELS, Entry, filled, models_of
 from results import FOLDER, Result, Run, load
 
 HEAD = """\
@@ -46,7 +46,7 @@ def readme(page: str, folder: Path = FOLDER) -> str:
 def _figure(entry: Entry, result: Result | None) -> str:
     lines = [f"### {entry.title}\n", f"{entry.shows}\n"]
     if result is None:
-        commands = [*entry.commands]
+        commands = [filled(command, entry.sizes) for command in entry.commands]
         return "\n".join([*lines, *_block(commands, "sh"), "\nNot measured yet.\n"])
     made = CARRIED if result.text else result.versions
     minutes = sum(run.seconds for run in result.runs) / 60
@@ -135,14 +135,10 @@ def _peers(data: Mapping[str, Any]) -> list[str]:
 
 
 def _models() -> str:
-    full = {name: sizes[0] for name, sizes in MODEL_SIZES.items()}
-    files = {name: f"build/figures/{made.file}" for name, made in MODELS.items()}
     used = {
         model for entry in ENTRIES for command in entry.commands for model in models_of(command)
     }
-    commands = [
-        made.command.format(**files, **full) for name, made in MODELS.items() if name in used
-    ]
+    commands = [filled(made.command, {}) for name, made in MODELS.items() if name in used]
     return "\n".join(
         [
             "## The models\n",
