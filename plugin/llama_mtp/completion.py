@@ -30,7 +30,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -155,7 +155,7 @@ class Completion:
         *,
         see_rows: bool,
         **sampling: Any,
-    ) -> Iterator[int]:
+    ) -> Generator[int, Any, None]:
         """Yield the tokens of ``generate``, each shown to ``see`` before that.
 
         A ``generate`` of the caller's is asked as it is, and knows nothing of ``wanted``.
