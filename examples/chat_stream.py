@@ -6,7 +6,7 @@ python examples/chat_stream.py [MODEL.gguf]
 import sys
 
 from llama_mtp import Llama
-from llama_mtp.demo.run import demo_model
+from llama_mtp.demo.model import demo_model
 
 path = sys.argv[1] if len(sys.argv) > 1 else str(demo_model())
 messages = [{"role": "user", "content": "Name three things to pack for a walk in the rain."}]

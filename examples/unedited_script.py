@@ -10,7 +10,7 @@ import sys
 
 from llama_cpp import Llama
 
-from llama_mtp.demo.run import demo_model
+from llama_mtp.demo.model import demo_model
 
 path = sys.argv[1] if len(sys.argv) > 1 else str(demo_model())
 

@@ -1,36 +1,16 @@
-'''Write a plugin for llama-mtp.
+"""What a plugin imports: the marker for its hooks, and the records that it gets and returns.
 
 A plugin is an installable package with an entry point in the group ``llama_mtp`` that names a
 module. In that module, functions marked with `hookimpl` implement the hooks of
-`llama_mtp.hooks.specs`. A new source of drafts takes one of them:
-
-    from llama_mtp.hooks import Draft, SpecType, hookimpl
-
-    class RepeatLast:
-        """Bets that the last token comes again."""
-
-        def draft(self, request):
-            return Draft([int(request.tokens[-1])] * request.n_max)
-
-    @hookimpl
-    def mtp_register_spec_types(register):
-        register(SpecType("repeat-last", factory=lambda settings: RepeatLast()))
-
-and in its pyproject.toml
-
-    [project.entry-points.llama_mtp]
-    repeat-last = "my_module"
-
-After installation ``Llama(path, spec_type="repeat-last")`` uses it. Whatever a drafter proposes,
-the output stays that of the model: the target checks every token.
-'''
+`llama_mtp.hooks.specs`. README.md in this folder has an example that works as it stands.
+"""
 
 from __future__ import annotations
 
 import pluggy
 
-# The repository's hooks/ folder is the package llama_mtp.hooks. Imported as a top-level `hooks`, it
-# would be a second copy whose classes and markers equal nobody else's.
+# The repository's hooks/ folder is the package llama_mtp.hooks. Imported as `hooks` it would be a
+# second package, whose classes and markers are other objects than those of the first.
 if __name__ != "llama_mtp.hooks":
     raise ImportError("This package is llama_mtp.hooks. Install llama-mtp and import it as that.")
 

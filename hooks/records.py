@@ -21,7 +21,6 @@ class SpecSettings:
     Attributes:
         spec_type: the resolved name, never an alias.
         n_max: most tokens that a draft may have.
-        n_min: fewest tokens that are worth a round; a shorter draft is dropped.
         p_min: a drafter that knows its confidence stops below this probability; 0 never stops.
         n_ctx: context length in tokens.
         n_vocab: a token id is in ``range(n_vocab)``.
@@ -29,7 +28,6 @@ class SpecSettings:
 
     spec_type: str
     n_max: int
-    n_min: int
     p_min: float
     n_ctx: int
     n_vocab: int
@@ -37,12 +35,12 @@ class SpecSettings:
 
 @dataclass(frozen=True, eq=False)
 class DraftRequest:
-    """The question of one round: what comes after these tokens?
+    """What a round asks a drafter: which tokens may follow these?
 
     Attributes:
         tokens: int32, shape (n,), read-only: the whole context, the last emitted token included.
             A view that is valid during the call only; copy what must be kept.
-        n_max: most tokens that can be used in this round, at least 1.
+        n_max: most tokens that this round can use, at least 1.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -80,12 +78,12 @@ class Verdict:
 
 
 class Drafter(Protocol):
-    """Proposes tokens. One object serves one `Llama`, from one thread at a time."""
+    """A source of drafts. One object serves one `Llama`, from one thread at a time."""
 
     def draft(self, request: DraftRequest) -> Draft:
         """Propose up to ``request.n_max`` tokens that may follow ``request.tokens``.
 
-        Called once per round. It may be wrong at no cost but time: the target decides.
+        Called once per round. A wrong draft costs time, never the text: the target decides.
         """
         ...
 

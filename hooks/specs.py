@@ -1,6 +1,6 @@
 """The hook specifications, in the order in which they fire.
 
-A decision hook stops at the first answer that is not None; an observer is told and answers
+A hook that decides stops at the first answer that is not None. A hook that observes returns
 nothing. Each is called at most once per round, never per token.
 """
 
@@ -34,7 +34,7 @@ def mtp_register_spec_types(register: Callable[[SpecType], None]) -> None:
 
 @hookspec
 def mtp_session_opened(settings: SpecSettings) -> None:
-    """A `Llama` with a spec type was constructed and is ready."""
+    """Observe that a `Llama` with a spec type was made and is ready."""
 
 
 # ---- in every round -----------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def mtp_choose_depth(request: DraftRequest) -> int | None:
 
 @hookspec
 def mtp_round_finished(verdict: Verdict) -> None:
-    """A round was settled: drafted, verified, and rolled back to the tokens that were emitted."""
+    """Observe that a round is over: its drafts were verified, and those rejected taken back."""
 
 
 # ---- when a model is closed ---------------------------------------------------------------------
@@ -59,4 +59,4 @@ def mtp_round_finished(verdict: Verdict) -> None:
 
 @hookspec
 def mtp_session_closed(settings: SpecSettings) -> None:
-    """The `Llama` whose session was opened with these settings was closed."""
+    """Observe that the `Llama` which was opened with these settings was closed."""

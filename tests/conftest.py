@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import llama_cpp
 import models
 import pytest
+from llama_cpp import _internals
 
 ModelFactory = Callable[..., models.Model]
 StockFactory = Callable[..., Any]
@@ -24,6 +27,17 @@ COMMON: dict[str, Any] = {
     "type_v": 0,
     "verbose": False,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Let SIGINT interrupt the tests and their children, who inherit it where it is ignored.
+
+    A shell ignores it for its background jobs, and Python then leaves it ignored.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +67,20 @@ def ours() -> Iterator[LlamaFactory]:
     from llama_mtp import Llama
 
     yield from _factory(Llama, spec_type="draft-mtp", spec_adaptive=False)
+
+
+@pytest.fixture
+def contexts(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
+    """What the host makes contexts of from here on: each its ``model`` and ``params``."""
+    made: list[SimpleNamespace] = []
+    init = _internals.LlamaContext.__init__
+
+    def watched(context: Any, **options: Any) -> None:
+        init(context, **options)
+        made.append(SimpleNamespace(**options))
+
+    monkeypatch.setattr(_internals.LlamaContext, "__init__", watched)
+    return made
 
 
 def _factory(cls: Any, **defaults: Any) -> Iterator[Callable[..., Any]]:

@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 from llama_mtp import Llama
-from llama_mtp.commands.cli import errors_in_one_line
-from llama_mtp.demo.run import demo_model
+from llama_mtp.commands.main import errors_in_one_line
+from llama_mtp.demo.model import demo_model
 from llama_mtp.heads.check import check_head
 from llama_mtp.heads.graft import graft
 from llama_mtp.heads.split import split, strip

@@ -2,9 +2,9 @@
 
     python hybrid.py small.gguf --type BF16
 
-The nine prompts of ``llama-mtp bench`` each start a cycle of words of their own. After 95, 90, 85,
-80, 70, 60, 40, 20 and 0 % of the words of these cycles the head is right, in this order, and where
-it is wrong it mostly is less sure. Run from the source tree: the model is that of the tests.
+Each of the nine prompts of ``llama-mtp bench`` starts a cycle of words of its own. In these cycles
+the head is right after 95, 90, 85, 80, 70, 60, 40, 20 and 0 % of the words; where it is wrong it is
+mostly less sure. Run it in a checkout: the model is built by code of the tests.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from llama_mtp.commands.cli import errors_in_one_line
+from llama_mtp.commands.main import errors_in_one_line
 from llama_mtp.errors import LlamaMtpError
 from llama_mtp.gguf.header import read_header
 from llama_mtp.gguf.metadata import metadata_of

@@ -2,14 +2,14 @@
 
     python inflate.py small.gguf big.gguf --size 1.0
 
-Every dense feed-forward network gets wider: the new rows of gate and up are copies of rows that
-are there, picked at random, and the new columns of down are zero, so that whatever they compute is
-multiplied by nothing. Where the trunk has few blocks it gets more: copies of its blocks whose
-output projections are zero, so that they pass on what they read. The text, the hidden rows and with
-them the acceptance of the NextN head stay those of the small model; what a decode reads grows.
+Every dense feed-forward network gets wider. The new rows of gate and up are copies of rows that are
+there, picked at random. The new columns of down are zero, so that what those rows compute is
+multiplied by 0. A trunk of few blocks gets more: copies of its blocks whose output projections are
+zero, so that they pass on what they read. So the text, the hidden rows and the acceptance of the
+NextN head stay those of the small model, and a decode reads more.
 
-The host wants the head's network as wide as the trunk's, so the head grows too. Among 24 blocks or
-more it is the small part of the model that it is in models of this size.
+The host wants the head's network as wide as the trunk's, so the head grows too. It is one block
+among 24 or more, as in models of this size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import typer
 from rich.progress import Progress
 
-from llama_mtp.commands.cli import errors_in_one_line
+from llama_mtp.commands.main import errors_in_one_line
 from llama_mtp.errors import ModelFileError
 from llama_mtp.gguf.header import Header, read_header
 from llama_mtp.gguf.metadata import decode, elements_type, entry, metadata_of
@@ -73,7 +73,7 @@ def widened(source: TensorSource, axis: int, n_ff: int, seed: int) -> TensorSour
 
 
 def zeroed(source: TensorSource) -> TensorSource:
-    """A matrix of the same shape that turns everything into nothing."""
+    """A matrix of zeros of the same shape."""
 
     def chunks() -> Iterator[bytes]:
         for start in range(0, source.n_bytes, 1 << 20):

@@ -1,11 +1,11 @@
-"""Does a decode of one row cost what its bytes cost? Bytes per second against a copy of memory.
+"""Compare the bytes per second of a decode of one row with those of a copy in memory.
 
     python rate.py big.gguf
 
 A decode of one row reads every weight of the trunk once: all tensors of the file but the blocks of
 the head and the token embeddings (one row of them; the whole matrix where it serves as the output
-matrix too). A plain copy of as many bytes by numpy reads and writes each byte once; its rate here
-counts the bytes read, so a decode, which writes next to nothing, may well be faster than the copy.
+matrix too). A copy of as many bytes by numpy reads and writes each byte once. Its rate here counts
+the bytes read, so a decode, which writes next to nothing, may be faster than the copy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 import typer
 
 from llama_mtp import Llama
-from llama_mtp.commands.cli import errors_in_one_line
+from llama_mtp.commands.main import errors_in_one_line
 from llama_mtp.gguf.model import Gguf
 from llama_mtp.measure.draft_cost import token_bytes
 from llama_mtp.measure.pairs import quiet_host

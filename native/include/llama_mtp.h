@@ -51,35 +51,6 @@ enum mtp_drafting {
     MTP_DRAFTING_SHARED_KV = 2, /* the head reads the target's KV and writes none: no catch-up, one position */
 };
 
-/* Addresses of the host's functions, in the order of include/llama.h and src/llama-ext.h. */
-struct mtp_host_api {
-    void * llama_decode;
-    void * llama_synchronize;
-    void * llama_get_memory;
-    void * llama_memory_clear;
-    void * llama_memory_seq_rm;
-    void * llama_memory_seq_pos_max;
-    void * llama_get_logits_ith;
-    void * llama_sampler_sample;
-    void * llama_sampler_chain_default_params;
-    void * llama_sampler_chain_init;
-    void * llama_sampler_chain_add;
-    void * llama_sampler_init_greedy;
-    void * llama_sampler_free;
-    void * llama_set_sampler;
-    void * llama_get_sampled_token_ith;
-    void * llama_set_embeddings_nextn;
-    void * llama_get_embeddings_nextn;
-    void * llama_get_embeddings_nextn_ith;
-    void * llama_set_nextn_layer_offset;
-    void * llama_vocab_n_tokens;
-    void * llama_vocab_get_text;
-    void * llama_vocab_get_attr;
-    void * llama_state_seq_get_size_ext;
-    void * llama_state_seq_get_data_ext;
-    void * llama_state_seq_set_data_ext;
-};
-
 /* sizeof and offsetof of the host's llama_batch, and the size of llama_sampler_chain_params, as the host's own
  * bindings see them. */
 struct mtp_host_layout {
@@ -90,7 +61,7 @@ struct mtp_host_layout {
 
 struct mtp_session_params {
     void *  target;      /* llama_context of the host */
-    void *  draft;       /* llama_context of type MTP, or NULL: drafts then come from the caller */
+    void *  draft;       /* llama_context of type MTP, or NULL: drafts then come from the caller of mtp_next */
     int32_t n_vocab;
     int32_t n_embd;      /* width of a hidden row, floats */
     int32_t n_ctx;       /* positions that both contexts can hold */
@@ -102,12 +73,13 @@ struct mtp_session_params {
     int32_t gathers;     /* 1: the MTP graph publishes hidden rows of outputs only (read masked) */
     int32_t gaps;        /* 1: positions of the draft context may jump (M-RoPE) */
     int32_t confidence;  /* 1: draft picks bring their probability (top-10 softmax); 0: argmax on the device */
-    int32_t n_draft_min; /* mtp_next drops drafts that p_min cut shorter than this */
+    float   class_bounds[7]; /* a pick's class is the number of these probabilities, in rising order, that it reaches */
     int32_t drafting;    /* enum mtp_drafting */
     int32_t n_heads;     /* NextN heads of a chain; 1 otherwise */
     int32_t all_outputs; /* 1: every row of the draft context is an output, for a graph that nobody has run yet */
     int32_t prefill_window; /* most waiting rows that the draft context reads, at least 1 + n_draft_max, which is what
                              * rounds leave behind; 0: all. Without effect where KV is shared */
+    int32_t n_checkpoints; /* most copies of a recurrent state to keep near the ends of prompts */
     /* A head that knows a part of the vocabulary only; all three 0 or NULL: the draft context has the target's. Both
      * arrays are copied. */
     int32_t         n_draft_vocab;
@@ -116,12 +88,12 @@ struct mtp_session_params {
                                    * has it, else what is to be read in its place */
 };
 
-enum { MTP_CLASSES = 8, MTP_MAX_DEPTH = 64 };
+/* Classes of confidence, most drafts of a round, and how many tokens before a prompt's end a checkpoint stands. */
+enum { MTP_CLASSES = 8, MTP_MAX_DEPTH = 64, MTP_CHECKPOINT_TAIL = 4 };
 
-/* What a round drafts and verifies, pick by pick. A pick has a class by its probability (always 0 where the device picks):
- * the number of these bounds that it reaches: 0.2 0.35 0.5 0.65 0.8 0.9 0.96. With P(k) the product of accept over the first
- * k picks, pick k + 1 is drafted while P(k) >= go[k]; then those m drafts are verified that make
- * P(1) + ... + P(m) - price[m] largest, of equals the most. */
+/* What a round drafts and verifies, pick by pick. A pick has a class by its probability, always 0 where the device or the
+ * caller picks. With P(k) the product of accept over the first k picks, pick k + 1 is drafted while P(k) >= go[k]; then
+ * those m drafts are verified that make P(1) + ... + P(m) - price[m] largest, of equals the most. */
 struct mtp_rule {
     int32_t depth;       /* most drafts, 0 to MTP_MAX_DEPTH */
     float   p_min;       /* drafting stops at a pick less likely than this; 0: never */
@@ -144,6 +116,7 @@ struct mtp_step {
     int32_t n_replayed;  /* kept rows of earlier rounds that this round decoded once more (checkpoint rollback) */
     int32_t n_picks;     /* drafts that were proposed, of which the first n_drafted were verified */
     int32_t spare;       /* would the pick after the verified ones have been right? 1 yes, 0 no, -1 nobody knows (yet) */
+    int32_t replays_next; /* 1: the next round decodes so many rows once more (checkpoint rollback) that it takes no drafts */
     uint8_t classes[64]; /* of the picks */
 };
 
@@ -151,12 +124,16 @@ struct mtp_step {
 struct mtp_counters {
     int64_t n_rounds, n_target_decodes, n_draft_decodes, n_drafted, n_accepted, n_sampled;
     int64_t n_draft_restarts;  /* times a gap emptied the draft context */
+    int64_t n_draft_failures;  /* decodes that the host refused in the draft context */
     int64_t target_ns, draft_ns, sample_ns; /* decodes with their waits, and the chain's sampling */
     int64_t rollback_ns;       /* the host's removal of rows from either memory */
     int64_t total_ns;          /* inside this library, what is listed before included */
     int64_t n_replayed;        /* target rows decoded once more after a rejection (checkpoint rollback) */
-    int64_t n_state_bytes;     /* recurrent state copied out of and into the target's memory */
+    int64_t n_state_bytes;     /* recurrent state copied out of and into the target's memory by rounds */
     int64_t n_row_bytes;       /* held now for hidden rows and tokens that wait for the draft, or have waited */
+    int64_t n_checkpoints, n_checkpoint_bytes; /* held now */
+    int64_t n_checkpoints_saved, n_checkpoints_restored;
+    int64_t n_tokens_kept;     /* that checkpoints spared the target */
 };
 
 typedef struct mtp_session mtp_session;
@@ -164,8 +141,12 @@ typedef struct mtp_session mtp_session;
 /* The package version that this module was built for. */
 const char * mtp_version(void);
 
+/* Name of the i-th host function that the engine calls, in the order in which the calls below take their addresses; NULL
+ * beyond the last. */
+const char * mtp_host_function(int32_t i);
+
 /* Opens a session. On failure *out is NULL and text (n_text bytes) holds one sentence. */
-int mtp_session_open(const struct mtp_host_api * api, const struct mtp_host_layout * layout,
+int mtp_session_open(void * const * functions, int32_t n_functions, const struct mtp_host_layout * layout,
                      const struct mtp_session_params * params, mtp_session ** out, char * text, size_t n_text);
 
 /* Frees the session. detach = 1: the draft context is still alive and its sampler is taken off it first. */
@@ -176,8 +157,9 @@ const char * mtp_session_error(const mtp_session * session);
 
 /* MTP_OK when two llama_vocab have the same tokens: number, text and attributes of each. Otherwise text says where they
  * part. With tokens, b has n_tokens, and token i of b has to have the text of token tokens[i] of a. */
-int mtp_compare_vocabularies(const struct mtp_host_api * api, const struct mtp_host_layout * layout, const void * a,
-                             const void * b, const int32_t * tokens, int32_t n_tokens, char * text, size_t n_text);
+int mtp_compare_vocabularies(void * const * functions, int32_t n_functions, const struct mtp_host_layout * layout,
+                             const void * a, const void * b, const int32_t * tokens, int32_t n_tokens, char * text,
+                             size_t n_text);
 
 /* --- capture: after each decode of the target that the session did not do itself --------------------------------- */
 
@@ -188,50 +170,48 @@ int mtp_capture(mtp_session * session, const int32_t * tokens, int32_t n, int32_
 
 /* Whether the host keeps hidden rows, from its next decode on (on = 1, as at first). Without them its last block computes
  * only the rows that have logits, and mtp_capture takes nothing: the draft starts anew behind what it was not shown. For
- * the part of a prompt that a prefill window leaves out. A round needs them on. After switching them on the caller has
- * the host plan its buffers anew, where its plan may not have room for them. */
+ * the part of a long prompt that lies before the prefill window. A round needs the rows and is refused without. */
 int mtp_keep_rows(mtp_session * session, int on);
 
-/* --- one call per token ------------------------------------------------------------------------------------------ */
+/* --- a generation ------------------------------------------------------------------------------------------------- */
 
-/* Samples the next row with the caller's llama_sampler chain. With no row left it first settles, drafts after last (which
- * stands at position pos) as the rule says, and verifies in one target decode. rule NULL: no drafts. */
+/* A generation begins, or is taken up again, whose text starts with these n tokens, which the target holds. What a round
+ * left behind is settled, the source of drafts forgets what says otherwise, and one that had failed is tried again. */
+int mtp_begin(mtp_session * session, const int32_t * tokens, int32_t n);
+
+/* Emits one token: samples the next row with the caller's llama_sampler chain, stepped exactly once. With no row left a
+ * round begins: what the last one left behind is settled, drafts follow last (which stands at position pos) as the rule
+ * says, and one target decode verifies them. rule NULL: no drafts. With drafts (n_drafts of them, of class 0) these are
+ * the round's, and a round that has rows left ends first; NULL: the session's own source makes them. */
 int mtp_next(mtp_session * session, void * sampler, int32_t last, int32_t pos, const struct mtp_rule * rule,
-             struct mtp_step * step);
+             const int32_t * drafts, int32_t n_drafts, struct mtp_step * step);
 
-/* --- underneath, for drafts that come from elsewhere ------------------------------------------------------------- */
-
-/* Drafts at most depth tokens after last at position pos. *n_out is 0 to depth. Needs a draft context. */
-int mtp_draft(mtp_session * session, int32_t last, int32_t pos, int32_t depth, float p_min, int32_t * tokens,
-              int32_t * n_out);
-
-/* Target decode of [last, tokens...] from position pos; the rows are then sampled by mtp_sample or by the caller. Where
- * the host makes no copy of a recurrent state that needs one, the round leaves the drafts out: ask mtp_rows_left.
- * Of n_picks tokens the first n are verified; the one after them gets a verdict for nothing where all before it are right. */
-int mtp_verify(mtp_session * session, int32_t last, int32_t pos, const int32_t * tokens, int32_t n, int32_t n_picks);
-
-/* 1: so many rows are to be decoded once more (checkpoint rollback) that the next round is best one without drafts, as
- * mtp_next and mtp_draft make it; with drafts it takes a decode more. */
-int mtp_replays_only(const mtp_session * session);
-
-/* Verify rows that can still be sampled, or -1 without a session. */
-int mtp_rows_left(const mtp_session * session);
-
-/* Samples the next verify row with the caller's chain. rows_left is 0 after the first row that disagrees. */
-int mtp_sample(mtp_session * session, void * sampler, struct mtp_step * step);
-
-/* The caller sampled n_rows verify rows itself (1 to 1 + drafts): keep these and settle. */
-int mtp_commit(mtp_session * session, int32_t n_rows);
+/* Why the session's source makes no more drafts until the next mtp_begin, in one sentence; "" while it makes some. */
+const char * mtp_draft_error(const mtp_session * session);
 
 /* For measurements only, and never on by itself: from now on a seeded coin decides in place of the comparison whether the
  * draft at position i is accepted, with chance chances[i] (the last one serves all deeper positions). What a round costs
  * can so be read at any acceptance; the text is nonsense. n = 0 ends it. */
 int mtp_accept_by_coin(mtp_session * session, const float * chances, int32_t n, uint64_t seed);
 
-/* --- rollback ---------------------------------------------------------------------------------------------------- */
+/* --- going back --------------------------------------------------------------------------------------------------- */
+
+/* Keeps of the target's text (n_text tokens, as the caller knows it) what it shares with a prompt: *n_kept is how many
+ * tokens of the prompt need not be evaluated. The memories are cut, as by mtp_truncate, or go back to the deepest
+ * checkpoint. All of the prompt is kept only where the logits of its last token are live. Where the draft would lack the
+ * hidden row of the next token, one token less is kept than could be. 0: clear the target and evaluate everything. */
+int mtp_reuse(mtp_session * session, const int32_t * text, int32_t n_text, const int32_t * prompt, int32_t n_prompt,
+              int32_t * n_kept);
+
+/* Where in a prompt that ends at position `end` the evaluation should pause for a checkpoint, or -1. */
+int32_t mtp_checkpoint_at(const mtp_session * session, int32_t end);
+
+/* Keeps a copy of the recurrent state after these n tokens, which the target holds, and of the hidden row that belongs to
+ * it. The oldest copies make room; none is made of a text with images (negative tokens). */
+int mtp_checkpoint(mtp_session * session, const int32_t * tokens, int32_t n);
 
 /* Cuts target and draft to the rows that were sampled. A no-op between rounds. With checkpoint rollback the target's
- * memory itself follows at the next verify, or at mtp_replay. */
+ * memory itself follows at the next round, or at mtp_replay. */
 int mtp_settle(mtp_session * session);
 
 /* Settles, and makes the target's memory hold exactly the mtp_n_past positions: with checkpoint rollback by loading the
@@ -245,22 +225,10 @@ int mtp_replay(mtp_session * session);
 int mtp_truncate(mtp_session * session, int32_t n_past);
 
 /* 1 when mtp_truncate(n_past) would succeed now. */
-int mtp_can_truncate(mtp_session * session, int32_t n_past);
-
-/* 1 when after mtp_truncate(n_past) nobody would know the hidden row that the draft needs for the token at n_past:
- * truncate to n_past - 1 instead and evaluate that token again. */
-int mtp_lacks_row(const mtp_session * session, int32_t n_past);
-
-/* Copies the hidden row (n_embd floats) that the draft needs for the token at mtp_n_past, between rounds; zeros where
- * nobody knows it. To be put back with mtp_row_set when the caller puts the target back to the same position. */
-int mtp_row_get(mtp_session * session, float * row);
-int mtp_row_set(mtp_session * session, const float * row);
+int mtp_can_truncate(const mtp_session * session, int32_t n_past);
 
 /* The target's memory was replaced or cleared by someone else and now ends at n_past: forget all bookkeeping. */
 int mtp_forget(mtp_session * session, int32_t n_past);
-
-/* Cuts the draft context to what it has in common with the caller's history (tokens at positions 0..n-1). */
-int mtp_align(mtp_session * session, const int32_t * tokens, int32_t n);
 
 /* Batch row whose logits are those of the target's last kept position, or -1. */
 int mtp_live_row(const mtp_session * session);

@@ -9,14 +9,6 @@ namespace mtp {
 
 namespace {
 
-template <typename F> void bind(F & target, void * address, const char * name) {
-    if (address == nullptr) {
-        throw failure(MTP_INVALID, std::string("the host library has no ") + name +
-                                       "; install a llama-cpp-python release that this plugin supports");
-    }
-    target = reinterpret_cast<F>(address);
-}
-
 bool same_layout(const mtp_host_layout & host) {
     return host.batch_size == sizeof(host_batch) && host.n_tokens == offsetof(host_batch, n_tokens) &&
            host.token == offsetof(host_batch, token) && host.embd == offsetof(host_batch, embd) &&
@@ -27,37 +19,23 @@ bool same_layout(const mtp_host_layout & host) {
 
 }  // namespace
 
-host_api resolve(const mtp_host_api & a, const mtp_host_layout & layout) {
+host_api resolve(void * const * functions, int32_t n, const mtp_host_layout & layout) {
+    require(n == n_host_functions, "the table of host functions has another length; reinstall llama-mtp");
     if (!same_layout(layout)) {
         throw failure(MTP_ABI, "llama_batch of the installed host differs from the one this module was built for; "
                                "install a llama-mtp release for this llama-cpp-python");
     }
+    for (int32_t i = 0; i < n; ++i) {
+        if (functions[i] == nullptr) {
+            throw failure(MTP_INVALID, std::string("the host library has no ") + host_functions[i] +
+                                           "; install a llama-cpp-python release that this plugin supports");
+        }
+    }
     host_api api{};
-    bind(api.decode, a.llama_decode, "llama_decode");
-    bind(api.synchronize, a.llama_synchronize, "llama_synchronize");
-    bind(api.get_memory, a.llama_get_memory, "llama_get_memory");
-    bind(api.memory_clear, a.llama_memory_clear, "llama_memory_clear");
-    bind(api.memory_seq_rm, a.llama_memory_seq_rm, "llama_memory_seq_rm");
-    bind(api.memory_seq_pos_max, a.llama_memory_seq_pos_max, "llama_memory_seq_pos_max");
-    bind(api.get_logits_ith, a.llama_get_logits_ith, "llama_get_logits_ith");
-    bind(api.sampler_sample, a.llama_sampler_sample, "llama_sampler_sample");
-    bind(api.chain_default_params, a.llama_sampler_chain_default_params, "llama_sampler_chain_default_params");
-    bind(api.chain_init, a.llama_sampler_chain_init, "llama_sampler_chain_init");
-    bind(api.chain_add, a.llama_sampler_chain_add, "llama_sampler_chain_add");
-    bind(api.init_greedy, a.llama_sampler_init_greedy, "llama_sampler_init_greedy");
-    bind(api.sampler_free, a.llama_sampler_free, "llama_sampler_free");
-    bind(api.set_sampler, a.llama_set_sampler, "llama_set_sampler");
-    bind(api.get_sampled_token_ith, a.llama_get_sampled_token_ith, "llama_get_sampled_token_ith");
-    bind(api.set_embeddings_nextn, a.llama_set_embeddings_nextn, "llama_set_embeddings_nextn");
-    bind(api.get_embeddings_nextn, a.llama_get_embeddings_nextn, "llama_get_embeddings_nextn");
-    bind(api.get_embeddings_nextn_ith, a.llama_get_embeddings_nextn_ith, "llama_get_embeddings_nextn_ith");
-    bind(api.set_nextn_layer_offset, a.llama_set_nextn_layer_offset, "llama_set_nextn_layer_offset");
-    bind(api.vocab_n_tokens, a.llama_vocab_n_tokens, "llama_vocab_n_tokens");
-    bind(api.vocab_get_text, a.llama_vocab_get_text, "llama_vocab_get_text");
-    bind(api.vocab_get_attr, a.llama_vocab_get_attr, "llama_vocab_get_attr");
-    bind(api.state_seq_get_size, a.llama_state_seq_get_size_ext, "llama_state_seq_get_size_ext");
-    bind(api.state_seq_get_data, a.llama_state_seq_get_data_ext, "llama_state_seq_get_data_ext");
-    bind(api.state_seq_set_data, a.llama_state_seq_set_data_ext, "llama_state_seq_set_data_ext");
+    int32_t  i = 0;
+#define MTP_BIND(result, name, parameters, symbol) api.name = reinterpret_cast<decltype(api.name)>(functions[i++]);
+    MTP_HOST_FUNCTIONS(MTP_BIND)
+#undef MTP_BIND
     return api;
 }
 

@@ -17,22 +17,12 @@ struct picks {
     int32_t size() const { return static_cast<int32_t>(tokens.size()); }
 };
 
-inline uint8_t class_of(float p) {
-    constexpr float bounds[] = { 0.2f, 0.35f, 0.5f, 0.65f, 0.8f, 0.9f, 0.96f };
-    static_assert(std::size(bounds) == MTP_CLASSES - 1, "one bound between two classes");
-    return static_cast<uint8_t>(std::upper_bound(std::begin(bounds), std::end(bounds), p) - std::begin(bounds));
+inline uint8_t class_of(const float (&bounds)[MTP_CLASSES - 1], float p) {
+    return static_cast<uint8_t>(std::count_if(std::begin(bounds), std::end(bounds), [p](float b) { return p >= b; }));
 }
 
 inline float accept_of(const mtp_rule & rule, int32_t position, uint8_t klass) {
     return rule.accept[position * MTP_CLASSES + klass];
-}
-
-// Drafts and verifies depth tokens, whatever they promise.
-inline mtp_rule constant_rule(int32_t depth, float p_min) {
-    mtp_rule rule{};
-    rule.depth = depth;
-    rule.p_min = p_min;
-    return rule;  // no price, and go[k] = 0 is always reached
 }
 
 // How many of the drafts to verify.

@@ -8,11 +8,15 @@ constexpr uint32_t partial_only = 1;  // LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 }  // namespace
 
+size_t state_copy::size_now() const {
+    return api_.state_seq_get_size(ctx_, 0, partial_only);
+}
+
 bool state_copy::save(int32_t end) {
     drop();
     n_ = 0;
     if (end > 0) {  // an empty memory has no state
-        n_ = api_.state_seq_get_size(ctx_, 0, partial_only);
+        n_ = size_now();
         if (n_ == 0) {
             return false;
         }

@@ -1,4 +1,4 @@
-// A copy of the recurrent part of the target's memory, for trunks that keep no snapshots.
+// A copy of the recurrent part of the target's memory.
 #pragma once
 
 #include "host_api.hpp"
@@ -23,6 +23,10 @@ class state_copy {
 
     // Takes the memory back to end(). False when the host fails: what it then holds is unknown.
     bool load();
+
+    // Bytes that a copy of the memory would take now, and those that this one takes.
+    size_t size_now() const;
+    size_t n_held() const { return data_.size(); }
 
     int64_t n_bytes = 0;  // copied so far, either way
 

@@ -71,6 +71,11 @@ void verifier::forget(int32_t n_past) {
     undo_     = undo_limit(0);
 }
 
+void verifier::clear() {
+    api_.memory_clear(memory_, false);
+    forget(0);
+}
+
 bool verifier::can_truncate(int32_t n_past) const {
     const int32_t back = base_ + rows() - n_past;
     return n_past >= 0 && n_past <= this->n_past() && (n_past == 0 || back <= undo_);
@@ -89,8 +94,7 @@ void verifier::truncate(int32_t n_past) {
     const bool    live = in_round() && n_past > base_;
     const int32_t row  = live ? first_row_ + n_past - base_ - 1 : (n_past == end ? live_row_ : -1);
     if (n_past == 0) {  // also when it should be empty: a failed decode may have left rows
-        api_.memory_clear(memory_, false);
-        forget(0);
+        clear();
         return;
     }
     if (has_copy()) {
@@ -275,15 +279,6 @@ bool verifier::heads(int32_t position) {
     x            = x ^ (x >> 31);
     const float side = static_cast<float>(x >> 40) / static_cast<float>(1 << 24);  // in [0, 1)
     return side < chances_[std::min<size_t>(position, chances_.size() - 1)];
-}
-
-void verifier::commit(int32_t n) {
-    if (!in_round() || sampled_ > 0 || n < 1 || n > rows()) {
-        throw failure(MTP_INVALID, "commit takes 1 to 1 + drafts rows of a round that nobody sampled yet");
-    }
-    sampled_  = n;
-    accepted_ = n - 1;
-    live_row_ = first_row_ + n - 1;
 }
 
 }  // namespace mtp

@@ -33,8 +33,9 @@ class verifier {
 
     // The target's end, rows that nobody sampled left out.
     int32_t n_past() const { return base_ + kept(); }
-    // Position of the token that the next verify row was decoded from.
+    // The token that the next verify row was decoded from, and its position.
     int32_t row_pos() const { return base_ + sampled_; }
+    int32_t row_token() const { return row_tokens_[sampled_]; }
     int32_t rows_left() const { return rejected_ ? 0 : rows() - sampled_; }
     bool    in_round() const { return !row_tokens_.empty(); }
     int32_t live_row() const { return live_row_; }
@@ -47,6 +48,9 @@ class verifier {
 
     // Someone else replaced the memory; it ends at n_past and nothing can be taken back in a recurrent trunk.
     void forget(int32_t n_past);
+
+    // Empties the memory.
+    void clear();
 
     bool can_truncate(int32_t n_past) const;
     void truncate(int32_t n_past);
@@ -71,14 +75,13 @@ class verifier {
     // For measurements: a coin decides which drafts are accepted. No chances: the model decides, as always.
     void accept_by_coin(std::vector<float> chances, uint64_t seed);
 
-    // The caller sampled n rows itself; settle comes next.
-    void commit(int32_t n);
-
     // The round in numbers.
     int32_t drafted() const { return in_round() ? rows() - 1 : 0; }
     int32_t accepted() const { return accepted_; }
     int32_t sampled() const { return sampled_; }
     int32_t spare() const { return spare_right_; }
+    // What the host's memory itself says.
+    int32_t host_start() const { return api_.memory_seq_pos_min(memory_, 0); }
     int32_t host_end() const { return api_.memory_seq_pos_max(memory_, 0) + 1; }
 
     // Hidden rows of the last decode from `last` on, n_embd floats each; NULL when the host has none, or keeps none.

@@ -28,13 +28,14 @@ struct options {
     int32_t n_ubatch      = 16;
     int32_t n_draft_max   = 4;
     int32_t n_rs_seq      = 4;
-    int32_t n_draft_min   = 0;
+    int32_t n_checkpoints = 4;
     bool    draft_context = true;
     int32_t n_heads       = 1;     // more than one: chained
     bool    shares_kv     = false; // the draft context attends to the target's cells
     bool    all_outputs   = false;
     int32_t prefill_window = 0;
     int32_t n_draft_vocab  = 0;    // not 0: the draft context has so many tokens, with numbers of their own
+    int32_t n_swa          = 0;    // not 0: a position attends to so many before it, and what lies further back goes
 };
 
 // A draft vocabulary of n tokens: which of the target's each is, and what stands for each of the target's.
@@ -53,7 +54,8 @@ struct context {
     int32_t              undo     = 0;     // recurrent: what can really be taken back
     bool                 poisoned = false; // recurrent: rolled back further than the snapshots reach
     bool                 spent    = false; // recurrent: rolled back since the last decode
-    std::vector<int32_t> state;            // checkpoint: what the recurrent part has read
+    std::vector<int32_t> state;            // what the recurrent part has read
+    int32_t              first    = 0;     // sliding window: the first cell that is still there
     std::vector<bool>    outputs;          // of the last batch
     std::vector<int32_t> batch_pos;
     std::vector<float>   rows;             // hidden rows of the last batch
@@ -68,6 +70,7 @@ struct context {
     std::vector<std::vector<int32_t>> written;
 
     int32_t end() const { return start + static_cast<int32_t>(tokens.size()); }
+    void    clear();  // the memory alone
 };
 
 class host {
@@ -84,8 +87,9 @@ class host {
     void decode_only(const std::vector<int32_t> & tokens, int32_t pos);
     mtp_session_params params();
 
-    static mtp_host_api    api();
-    static mtp_host_layout layout();
+    // Addresses in the order of mtp_host_function().
+    static std::vector<void *> functions();
+    static mtp_host_layout     layout();
 
     options              opt;
     draft_vocabulary     vocabulary;
@@ -103,21 +107,17 @@ class host {
     int                  n_holes        = 0;  // a head that reads cells which it did not write
     std::vector<int32_t> draft_positions;     // of all rows of the draft context
 
+    // What the draft context read that it must not: empty, or in words.
+    std::string faults() const;
+
     // The k-th call from now of a function fails in its own way, or throws.
     std::map<std::string, int> fail_in;
     bool                       throws = false;
     std::function<void()>      on_sample;  // runs inside llama_sampler_sample
+    std::function<void(std::vector<float> &)> on_logits;  // of the draft context, before they are handed out
     bool                       fails(const char * name);
 };
 
 extern host * current;  // the api has no user data; one fake lives at a time
 
 }  // namespace fake
-
-#define CHECK(cond)                                                                                  \
-    do {                                                                                             \
-        if (!(cond)) {                                                                               \
-            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                          \
-            std::abort();                                                                            \
-        }                                                                                            \
-    } while (0)

@@ -24,252 +24,29 @@ a token depend on those before it: such objects keep the stock completion, with 
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import random
 import sys
 import time
 import uuid
 import warnings
-from array import array
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from . import host
+from .engine.generate import See
 from .engine.session import shared_prefix
 from .errors import ClosedError, StateError
-
-if TYPE_CHECKING:
-    from .llama import Llama
+from .text import Rows, Stream, Text
 
 # Stock knows no FIM tokens ("TODO: Fix"): it marks prefix, suffix and middle with token 0.
 _FIM = 0
 
 
-class _Text:
-    """Tokens and their text, each token detokenised once.
-
-    ``chars`` asks for :meth:`chars_before`, the length in characters of what a prefix decodes to.
-    """
-
-    def __init__(self, llama: Llama, *, chars: bool = False):
-        self.tokens: list[int] = []
-        self.bytes = bytearray()
-        self._bos = llama.token_bos()
-        self._detokenize = llama.detokenize
-        self._pieces: dict[int, bytes] = {}
-        self._strings: dict[int, str] = {}
-        self._started = False  # a byte has come, be it the space that is dropped
-        self._scanned = 0
-        # What one decode of the whole would drop (errors="ignore"), the incremental one drops too.
-        self._decoder = codecs.getincrementaldecoder("utf-8")("ignore") if chars else None
-        self._chars = array("q", [0])
-        self._ends = array("q", [0])
-
-    def piece(self, token: int) -> bytes:
-        """Return the bytes of a token by itself."""
-        piece = self._pieces.get(token)
-        if piece is None:
-            piece = self._pieces[token] = self._detokenize([token])
-        return piece
-
-    def string(self, token: int) -> str:
-        """Return what the bytes of a token by itself decode to, the same object every time."""
-        string = self._strings.get(token)
-        if string is None:
-            string = self._strings[token] = self.piece(token).decode("utf-8", errors="ignore")
-        return string
-
-    def join(self, tokens: Sequence[int]) -> bytes:
-        """Return the bytes of tokens in a row: a space at the start goes where BOS comes first."""
-        if len(tokens) == 1:
-            return self.piece(tokens[0])
-        joined = b"".join(map(self.piece, tokens))
-        return joined[1:] if tokens and tokens[0] == self._bos and joined[:1] == b" " else joined
-
-    def append(self, token: int) -> None:
-        self.tokens.append(token)
-        piece = self.piece(token)
-        if piece and not self._started:
-            self._started = True
-            if self.tokens[0] == self._bos and piece[:1] == b" ":
-                piece = piece[1:]
-        self.bytes += piece
-        if self._decoder is not None:
-            self._chars.append(self._chars[-1] + len(self._decoder.decode(piece)))
-            self._ends.append(len(self.bytes))
-
-    def chars_before(self, index: int) -> int:
-        return self._chars[index]
-
-    def bytes_before(self, index: int) -> int:
-        return self._ends[index]
-
-    def find_stop(self, stops: Sequence[bytes]) -> int:
-        """Return where the first of ``stops`` that occurs begins, -1 if none does.
-
-        First in the order of the list, as stock. Only what has come since the last call is read.
-        """
-        scanned, self._scanned = self._scanned, len(self.bytes)
-        for stop in stops:
-            at = self.bytes.find(stop, max(0, scanned + 1 - max(1, len(stop))))
-            if at >= 0:
-                return at
-        return -1
-
-
-class _Stream:
-    """What of a text has been handed out, and what may be next.
-
-    Held back is what may yet become a stop sequence, and bytes that are no character yet.
-    """
-
-    def __init__(self, text: _Text, stops: Sequence[bytes]):
-        self.returned = 0  # tokens handed out
-        self._text = text
-        self._stops = stops
-        self._tried = 0  # so many tokens from there on are no whole characters...
-        self._broken = False  # ...and never will be
-
-    def _free(self, remaining: bytes) -> int:
-        """Return how many of the remaining bytes cannot be the start of a stop sequence."""
-        held = 0
-        for stop in self._stops:
-            for n in range(min(len(stop), len(remaining)), held, -1):
-                if remaining.endswith(stop[:n]):
-                    held = n
-                    break
-        return len(remaining) - held
-
-    def strings(self) -> Iterator[str]:
-        """Yield the strings of whole characters that can go out now, in the fewest tokens each."""
-        if self._broken:
-            return
-        tokens = self._text.tokens[self.returned :]
-        free = self._free(self._text.join(tokens))
-        start = end = 0
-        while start < len(tokens):
-            for n in range(self._tried + 1, len(tokens) - start + 1):
-                raw = self._text.join(tokens[start : start + n])
-                try:
-                    string = raw.decode("utf-8")
-                    break
-                except UnicodeDecodeError as e:
-                    self._tried = n
-                    if e.reason != "unexpected end of data":
-                        self._broken = True
-                        return
-            else:
-                return
-            end += len(raw)
-            if end > free:
-                return
-            start += n
-            self.returned += n
-            self._tried = 0
-            yield string
-
-    def single_tokens(self) -> Iterator[tuple[int, int]]:
-        """Yield (index, token) of what can go out now, token by token: for log-probabilities."""
-        tokens = self._text.tokens[self.returned :]
-        free = self._free(self._text.join(tokens))
-        end = 0
-        for token in tokens:
-            if token == self._text._bos:
-                self.returned += 1
-                continue
-            end += len(self._text.piece(token))
-            if end > free:
-                return
-            self.returned += 1
-            yield self.returned - 1, token
-
-    def rest(self, *, skip_bos: bool) -> Iterator[tuple[int, int, str]]:
-        """Yield (index, token, string) of the end of a text, up to a stop sequence.
-
-        Each token is decoded by itself, as stock: bytes of a character that spans tokens go.
-        """
-        tokens = self._text.tokens[self.returned :]
-        raw = self._text.join(tokens)
-        stops = [raw.index(stop) for stop in self._stops if stop in raw]
-        end = min(stops) if stops else len(raw)
-        at = 0
-        for token in tokens:
-            piece = self._text.piece(token)
-            at += len(piece)
-            self.returned += 1
-            if skip_bos and token == self._text._bos:
-                continue
-            if at >= end:
-                piece = piece[: len(piece) - (at - end)]
-            yield self.returned - 1, token, piece.decode("utf-8", errors="ignore")
-            if at >= end:
-                return
-
-
-class _Rows:
-    """Of each row of logits what an answer shows: the top N, and the tokens asked for.
-
-    A row has 16 + 8 N bytes, whatever the vocabulary. ``own`` is the log-probability of the token
-    that stands at the row's position, ``next`` that of the one sampled from it.
-    """
-
-    def __init__(self, text: _Text, logprobs: int, n_vocab: int):
-        self._text = text
-        self.n_top = len(range(n_vocab)[:logprobs])  # as a slice: below 0 it counts from the end
-        self.next = array("f")
-        self.own = array("f")
-        self._ids = array("i")
-        self._values = array("f")
-
-    def __len__(self) -> int:
-        return len(self.next)
-
-    def add(self, logits: npt.NDArray[np.single], own: int, sampled: int) -> None:
-        values = host.StockLlama.logits_to_logprobs(logits)
-        top = _largest(values, self.n_top)
-        self.own.append(values[own])
-        self.next.append(values[sampled])
-        self._ids.extend(top.tolist())
-        self._values.extend(values[top].tolist())
-        for token in top.tolist():
-            self._text.piece(token)  # now: who reads the row may do so after close()
-
-    def top(self, row: int, string: str, value: float) -> dict[str, float]:
-        """Return string -> log-probability of a row's largest, then of the token ``string``."""
-        span = slice(row * self.n_top, (row + 1) * self.n_top)
-        top = {
-            self._text.string(token): value
-            for token, value in zip(self._ids[span], self._values[span], strict=True)
-        }
-        top[string] = value
-        return top
-
-    def of_one(self, row: int, token: int, offset: int) -> dict[str, Any]:
-        """Return the ``logprobs`` of a chunk with one token."""
-        string = self._text.string(token)
-        value = self.next[row]
-        return {
-            "tokens": [string],
-            "text_offset": [offset],
-            "token_logprobs": [value],
-            "top_logprobs": [self.top(row, string, value)],
-        }
-
-
-def _largest(values: npt.NDArray[np.single], n: int) -> npt.NDArray[np.intp]:
-    """Return the indices of the ``n`` largest, in falling order; of equals the last comes first."""
-    if n == 0:
-        return np.empty(0, dtype=np.intp)
-    bound = np.partition(values, len(values) - n)[len(values) - n]
-    candidates = np.flatnonzero(values >= bound)
-    return candidates[np.lexsort((candidates, values[candidates]))[::-1][:n]]
-
-
-def _prompt_tokens(llama: Llama, prompt: str | list[int], suffix: str | None) -> list[int]:
+def _prompt_tokens(llama: Any, prompt: str | list[int], suffix: str | None) -> list[int]:
     """Return what is evaluated before the completion: BOS, the prompt, FIM, EOS, as stock."""
     model = llama._model
     cls, sep = model.token_cls(), model.token_sep()
@@ -318,7 +95,7 @@ def _with_bias(processors: Any, logit_bias: dict[int, float]) -> Any:
     return mine if processors is None else processors.extend(mine)
 
 
-def _look_up(llama: Llama, tokens: list[int]) -> None:
+def _look_up(llama: Any, tokens: list[int]) -> None:
     """Load the cached state that shares most with ``tokens``, where it beats what is there."""
     try:
         item = llama.cache[tokens]
@@ -331,14 +108,14 @@ def _look_up(llama: Llama, tokens: list[int]) -> None:
             print("Llama._create_completion: cache miss", file=sys.stderr)
 
 
-def _save(llama: Llama, tokens: list[int]) -> None:
+def _save(llama: Any, tokens: list[int]) -> None:
     if llama.cache:
         if llama.verbose:
             print("Llama._create_completion: cache save", file=sys.stderr)
         llama.cache[tokens] = llama.save_state()
 
 
-def _evaluate_with_rows(llama: Llama, tokens: list[int], rows: _Rows) -> None:
+def _evaluate_with_rows(llama: Any, tokens: list[int], rows: Rows) -> None:
     """Evaluate a prompt anew and keep each row but the last, which generation starts from."""
     llama.reset()
     llama._ctx.kv_cache_clear()
@@ -354,213 +131,261 @@ def _evaluate_with_rows(llama: Llama, tokens: list[int], rows: _Rows) -> None:
     llama._requires_eval = False
 
 
-def complete(
-    llama: Llama,
-    prompt: str | list[int],
-    suffix: str | None = None,
-    max_tokens: int | None = 16,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    min_p: float = 0.05,
-    typical_p: float = 1.0,
-    logprobs: int | None = None,
-    echo: bool = False,
-    stop: str | list[str] | None = None,
-    frequency_penalty: float = 0.0,
-    presence_penalty: float = 0.0,
-    repeat_penalty: float = 1.0,
-    top_k: int = 40,
-    stream: bool = False,
-    seed: int | None = None,
-    tfs_z: float = 1.0,
-    mirostat_mode: int = 0,
-    mirostat_tau: float = 5.0,
-    mirostat_eta: float = 0.1,
-    model: str | None = None,
-    stopping_criteria: Any = None,
-    logits_processor: Any = None,
-    grammar: Any = None,
-    logit_bias: dict[int, float] | None = None,
-) -> Iterator[Any]:
-    """Yield the chunks of a completion, or the one completion where not ``stream``.
+class Completion:
+    """What ``create_completion`` and ``create_chat_completion`` need, for a class with sessions."""
 
-    Arguments and dicts are those of ``llama_cpp.Llama.create_completion``. ``llama`` has a session.
-    """
-    assert suffix is None or suffix.__class__ is str
-    session = llama._session
-    assert session is not None
-    if session.closed:
-        raise ClosedError()
-
-    frame = {
-        "id": f"cmpl-{uuid.uuid4()!s}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": model if model is not None else llama.model_path,
-    }
-
-    def chunk(string: str, details: Any = None, reason: str | None = None) -> dict[str, Any]:
-        choice = {"text": string, "index": 0, "logprobs": details, "finish_reason": reason}
-        return {**frame, "choices": [choice]}
-
-    bos = llama.token_bos()
-    prompt_tokens = _prompt_tokens(llama, prompt, suffix)
-    n_prompt = len(prompt_tokens)
-    if prompt_tokens[:2] == [bos] * 2:
-        warnings.warn(
-            f'Detected duplicate leading "{llama._model.token_get_text(bos)}" in prompt, '
-            "this will likely reduce response quality, consider removing it...",
-            RuntimeWarning,
-            stacklevel=1,
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """Yield a completion: ours where there is a session, else stock's."""
+        llama: Any = self
+        # A tokenizer of the caller's may say of a token what depends on those before it.
+        own_text = (
+            type(llama.tokenizer_) is not host.StockTokenizer
+            or type(llama).detokenize is not host.StockLlama.detokenize
         )
-    if logit_bias is not None:
-        logits_processor = _with_bias(logits_processor, logit_bias)
-    if llama.verbose:
-        llama._ctx.reset_timings()
-    if n_prompt >= llama._n_ctx:
-        raise ValueError(f"Requested tokens ({n_prompt}) exceed context window of {llama.n_ctx()}")
-    if max_tokens is None or max_tokens <= 0 or max_tokens + n_prompt >= llama._n_ctx:
-        max_tokens = llama._n_ctx - n_prompt
-    stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
-    stop_sequences = [s.encode("utf-8") for s in stops]
+        if llama._session is None or llama.draft_model is not None or own_text:
+            stock: Any = super()
+            return stock._create_completion(*args, **kwargs)
+        return self._complete(*args, **kwargs)
 
-    text = _Text(llama, chars=logprobs is not None)
-    if len(prompt) == 0:  # else the completion would begin with a space
-        text.append(bos)
-    extra = len(text.tokens)  # tokens of the completion that nobody sampled
-    out = _Stream(text, stop_sequences)
-    rows = _Rows(text, logprobs, llama._n_vocab) if logprobs is not None else None
-    echo_rows = rows if echo and not stream else None
+    def _tokens(
+        self,
+        see: See,
+        wanted: int,
+        tokens: list[int],
+        *,
+        see_rows: bool,
+        **sampling: Any,
+    ) -> Iterator[int]:
+        """Yield the tokens of ``generate``, each shown to ``see`` before that.
 
-    if llama.cache:
-        _look_up(llama, prompt_tokens)
-    llama.set_seed(seed if seed is not None else random.Random(llama._seed).randint(0, 2**32))
-    if echo_rows is not None and not llama._logits_all:
-        with session.entry:
-            _evaluate_with_rows(llama, prompt_tokens, echo_rows)
+        A ``generate`` of the caller's is asked as it is, and knows nothing of ``wanted``.
+        """
+        llama: Any = self
+        if getattr(llama.generate, "__func__", None) is type(llama)._own_generate:
+            yield from llama._generate(
+                tokens, (), sampling, wanted=wanted, see=see, see_rows=see_rows
+            )
+            return
+        with contextlib.closing(llama.generate(tokens, **sampling)) as generated:
+            for token in generated:
+                with llama._session.entry:
+                    see(token, llama._live_logits() if see_rows else None)
+                yield token
 
-    llama.spec_tokens_wanted = max_tokens
-    live: Any = None
+    def _complete(
+        self,
+        prompt: str | list[int],
+        suffix: str | None = None,
+        max_tokens: int | None = 16,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        logprobs: int | None = None,
+        echo: bool = False,
+        stop: str | list[str] | None = None,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        repeat_penalty: float = 1.0,
+        top_k: int = 40,
+        stream: bool = False,
+        seed: int | None = None,
+        tfs_z: float = 1.0,
+        mirostat_mode: int = 0,
+        mirostat_tau: float = 5.0,
+        mirostat_eta: float = 0.1,
+        model: str | None = None,
+        stopping_criteria: Any = None,
+        logits_processor: Any = None,
+        grammar: Any = None,
+        logit_bias: dict[int, float] | None = None,
+    ) -> Iterator[Any]:
+        """Yield the chunks of a completion, or the one completion where not ``stream``.
 
-    def see_row(input_ids: npt.NDArray[np.intc], row: npt.NDArray[np.single]) -> bool:
-        # generate shows each token's row here, before another thread can use the context.
-        nonlocal live
-        live = row
-        return stopping_criteria is not None and stopping_criteria(input_ids, row)
+        Arguments and dicts are those of ``llama_cpp.Llama.create_completion``. There is a session.
+        """
+        assert suffix is None or suffix.__class__ is str
+        llama: Any = self
+        session = llama._session
+        if session.closed:
+            raise ClosedError()
 
-    final = b""
-    finish_reason = "length"
-    incomplete = 0
-    previous = prompt_tokens[-1] if prompt_tokens else bos
-    is_eog, vocab = host.C.llama_vocab_is_eog, llama._model.vocab
-    with contextlib.closing(
-        llama.generate(
-            prompt_tokens,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            typical_p=typical_p,
-            temp=temperature,
-            tfs_z=tfs_z,
-            mirostat_mode=mirostat_mode,
-            mirostat_tau=mirostat_tau,
-            mirostat_eta=mirostat_eta,
-            frequency_penalty=frequency_penalty,
-            presence_penalty=presence_penalty,
-            repeat_penalty=repeat_penalty,
-            stopping_criteria=see_row
-            if rows is not None or stopping_criteria is not None
-            else None,
-            logits_processor=logits_processor,
-            grammar=grammar,
-        )
-    ) as generated:
-        for token in generated:
-            if rows is not None:
+        frame = {
+            "id": f"cmpl-{uuid.uuid4()!s}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model if model is not None else llama.model_path,
+        }
+
+        def chunk(string: str, details: Any = None, reason: str | None = None) -> dict[str, Any]:
+            choice = {"text": string, "index": 0, "logprobs": details, "finish_reason": reason}
+            return {**frame, "choices": [choice]}
+
+        bos = llama.token_bos()
+        prompt_tokens = _prompt_tokens(llama, prompt, suffix)
+        n_prompt = len(prompt_tokens)
+        if prompt_tokens[:2] == [bos] * 2:
+            warnings.warn(
+                f'Detected duplicate leading "{llama._model.token_get_text(bos)}" in prompt, '
+                "this will likely reduce response quality, consider removing it...",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+        if logit_bias is not None:
+            logits_processor = _with_bias(logits_processor, logit_bias)
+        if llama.verbose:
+            llama._ctx.reset_timings()
+        if n_prompt >= llama._n_ctx:
+            raise ValueError(
+                f"Requested tokens ({n_prompt}) exceed context window of {llama.n_ctx()}"
+            )
+        if max_tokens is None or max_tokens <= 0 or max_tokens + n_prompt >= llama._n_ctx:
+            max_tokens = llama._n_ctx - n_prompt
+        stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
+        stop_sequences = [s.encode("utf-8") for s in stops]
+
+        text = Text(llama, chars=logprobs is not None)
+        if len(prompt) == 0:  # else the completion would begin with a space
+            text.append(bos)
+        extra = len(text.tokens)  # tokens of the completion that nobody sampled
+        out = Stream(text, stop_sequences)
+        rows = Rows(text, logprobs, llama._n_vocab) if logprobs is not None else None
+        echo_rows = rows if echo and not stream else None
+
+        if llama.cache:
+            _look_up(llama, prompt_tokens)
+        llama.set_seed(seed if seed is not None else random.Random(llama._seed).randint(0, 2**32))
+        if echo_rows is not None and not llama._logits_all:
+            with session.entry:
+                _evaluate_with_rows(llama, prompt_tokens, echo_rows)
+
+        final = b""
+        finish_reason = "length"
+        incomplete = 0
+        previous = prompt_tokens[-1] if prompt_tokens else bos
+        ends = False
+        live: Any = None
+
+        def see(token: int, row: npt.NDArray[np.single] | None) -> None:
+            # Row and vocabulary are read here, where nobody else can use the object or close it.
+            nonlocal ends, previous
+            if rows is not None and row is not None:
                 if echo_rows is not None and len(rows) < n_prompt - 1:
                     for at in range(n_prompt - 1):  # logits_all: stock's memory has them
                         rows.add(llama.scores[at], *prompt_tokens[at : at + 2])
-                rows.add(live, previous, token)
+                rows.add(row, previous, token)
                 previous = token
+            ends = host.is_end_of_generation(llama._model, token)
+            if not ends:
+                text.piece(token)
 
-            if is_eog(vocab, token):
-                final = bytes(text.bytes)
-                finish_reason = "stop"
-                break
+        def criteria(input_ids: npt.NDArray[np.intc], row: npt.NDArray[np.single]) -> bool:
+            nonlocal live
+            live = row
+            return bool(stopping_criteria(input_ids, row))
 
-            text.append(token)
+        with contextlib.closing(
+            self._tokens(
+                see,
+                max_tokens,
+                prompt_tokens,
+                see_rows=rows is not None,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                typical_p=typical_p,
+                temp=temperature,
+                tfs_z=tfs_z,
+                mirostat_mode=mirostat_mode,
+                mirostat_tau=mirostat_tau,
+                mirostat_eta=mirostat_eta,
+                frequency_penalty=frequency_penalty,
+                presence_penalty=presence_penalty,
+                repeat_penalty=repeat_penalty,
+                stopping_criteria=None if stopping_criteria is None else criteria,
+                logits_processor=logits_processor,
+                grammar=grammar,
+            )
+        ) as generated:
+            for token in generated:
+                if ends:
+                    final = bytes(text.bytes)
+                    finish_reason = "stop"
+                    break
 
-            # As stock: a first byte among the last three, as if there were always three.
-            for k, byte in enumerate(text.bytes[-3:]):
-                k = 3 - k
-                for n, pattern in ((2, 192), (3, 224), (4, 240)):
-                    if n > k and pattern & byte == pattern:
-                        incomplete = n - k
-            if incomplete > 0:
-                incomplete -= 1
-                continue  # as stock, past max_tokens too
+                text.append(token)
 
-            at = text.find_stop(stop_sequences)
-            if at >= 0:
-                final = bytes(text.bytes[:at])
-                finish_reason = "stop"
-                break
+                # As stock: a first byte among the last three, as if there were always three.
+                for k, byte in enumerate(text.bytes[-3:]):
+                    k = 3 - k
+                    for n, pattern in ((2, 192), (3, 224), (4, 240)):
+                        if n > k and pattern & byte == pattern:
+                            incomplete = n - k
+                if incomplete > 0:
+                    incomplete -= 1
+                    continue  # as stock, past max_tokens too
 
-            if stream and rows is not None:
-                for index, ready in out.single_tokens():
-                    offset = len(prompt) + text.chars_before(index)
-                    yield chunk(text.string(ready), rows.of_one(index - extra, ready, offset))
-            elif stream:
-                for string in out.strings():
-                    yield chunk(string)
+                at = text.find_stop(stop_sequences)
+                if at >= 0:
+                    final = bytes(text.bytes[:at])
+                    finish_reason = "stop"
+                    break
 
-            if len(text.tokens) >= max_tokens:
-                final = bytes(text.bytes)
-                finish_reason = "length"
-                break
+                if stream and rows is not None:
+                    for index, ready in out.single_tokens():
+                        offset = len(prompt) + text.chars_before(index)
+                        yield chunk(text.string(ready), rows.of_one(index - extra, ready, offset))
+                elif stream:
+                    for string in out.strings():
+                        yield chunk(string)
 
-    # Asked once more at the end, as stock, whatever ended it.
-    if stopping_criteria is not None and stopping_criteria(llama._input_ids, live):
-        final = bytes(text.bytes)
-        finish_reason = "stop"
+                if len(text.tokens) >= max_tokens:
+                    final = bytes(text.bytes)
+                    finish_reason = "length"
+                    break
 
-    if llama.verbose:
-        llama._ctx.print_timings()
+        # Asked once more at the end, as stock, whatever ended it.
+        if stopping_criteria is not None and stopping_criteria(llama._input_ids, live):
+            final = bytes(text.bytes)
+            finish_reason = "stop"
 
-    if stream:
-        for index, token, string in out.rest(skip_bos=rows is not None):
-            details = None
-            if rows is not None:  # as stock, whose offsets here count bytes
-                offset = len(prompt) + text.bytes_before(index)
-                details = rows.of_one(index - extra, token, offset)
-            yield chunk(string, details)
-        yield chunk("", None, finish_reason)
+        if llama.verbose:
+            llama._ctx.print_timings()
+
+        if stream:
+            for index, token, string in out.rest(skip_bos=rows is not None):
+                details = None
+                if rows is not None:  # as stock, whose offsets here count bytes
+                    offset = len(prompt) + text.bytes_before(index)
+                    details = rows.of_one(index - extra, token, offset)
+                yield chunk(string, details)
+            yield chunk("", None, finish_reason)
+            _save(llama, prompt_tokens + text.tokens)
+            if llama.cache and llama.verbose:
+                print("Llama._create_completion: cache saved", file=sys.stderr)
+            return
+
         _save(llama, prompt_tokens + text.tokens)
-        if llama.cache and llama.verbose:
-            print("Llama._create_completion: cache saved", file=sys.stderr)
-        return
-
-    _save(llama, prompt_tokens + text.tokens)
-    string = final.decode("utf-8", errors="ignore")
-    if echo:
-        string = prompt + string  # type: ignore[operator]
-    details = None
-    if rows is not None:
-        details = _logprobs(llama, prompt, prompt_tokens, text, rows, echo=echo)
-    usage = {
-        "prompt_tokens": n_prompt,
-        "completion_tokens": len(text.tokens),
-        "total_tokens": n_prompt + len(text.tokens),
-    }
-    yield {**chunk(string, details, finish_reason), "usage": usage}
+        string = final.decode("utf-8", errors="ignore")
+        if echo:
+            string = prompt + string  # type: ignore[operator]
+        details = None
+        if rows is not None:
+            details = _logprobs(llama, prompt, prompt_tokens, text, rows, echo=echo)
+        usage = {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": len(text.tokens),
+            "total_tokens": n_prompt + len(text.tokens),
+        }
+        yield {**chunk(string, details, finish_reason), "usage": usage}
 
 
 def _logprobs(
-    llama: Llama,
+    llama: Any,
     prompt: str | list[int],
     prompt_tokens: list[int],
-    completion: _Text,
-    rows: _Rows,
+    completion: Text,
+    rows: Rows,
     *,
     echo: bool,
 ) -> dict[str, Any]:
@@ -571,7 +396,7 @@ def _logprobs(
     # BOS, which is dropped, in front of the prompt and none in front of the completion.
     own = len(prompt) == 0
     if echo:
-        text, offset = _Text(llama, chars=True), 0
+        text, offset = Text(llama, chars=True), 0
         skip = 1 if prompt_tokens[0] == bos else 0
         own = own or not skip
         for token in prompt_tokens[skip:] + completion.tokens:

@@ -8,9 +8,11 @@ the parameters of the draft context.
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import multiprocessing
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp as _package
@@ -21,15 +23,17 @@ from llama_cpp import _logger
 from llama_cpp import llama_cpp as C
 from llama_cpp.llama import Llama as StockLlama
 from llama_cpp.llama import LlamaRAMCache, LlamaState, LogitsProcessorList
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from llama_cpp.llama_tokenizer import LlamaTokenizer as StockTokenizer
 from packaging.version import Version
 
-from .errors import HostVersionError, NativeError
+from .errors import HostVersionError, NativeError, SpecTypeError
 
 __all__ = [
     "DRAFT_UBATCH",
     "BufferSizes",
     "C",
+    "Jinja2ChatFormatter",
     "LlamaRAMCache",
     "LlamaState",
     "LogitsProcessorList",
@@ -40,21 +44,31 @@ __all__ = [
     "address_table",
     "architecture",
     "batch_layout",
+    "build_flags",
+    "can_offload",
     "check_version",
     "cpu_count",
+    "decode",
+    "devices",
     "draft_context",
     "draft_model",
     "internals",
-    "keeps_everything",
+    "is_end_of_generation",
+    "library_path",
     "load_memory",
     "logits_row",
     "memory_end",
     "memory_is_sound",
+    "n_embd_out",
+    "n_rs_seq",
+    "pick",
     "plan_anew",
     "pointer_to",
     "rows_with_logits",
     "save_memory",
+    "simulate_loading",
     "tokenizer",
+    "twin",
     "version",
     "vocabulary_of",
 ]
@@ -125,8 +139,8 @@ def address_of(name: str) -> int:
     )
 
 
-def address_table(names: list[str]) -> dict[str, int]:
-    """Return name -> address for every function the native engine asks for."""
+def address_table(names: Sequence[str]) -> dict[str, int]:
+    """Return name -> address for every function that the native engine asks for, in that order."""
     return {name: address_of(name) for name in names}
 
 
@@ -160,14 +174,29 @@ def memory_is_sound(context: Any) -> bool:
     return memory_end(context) == 0 if first < 0 else memory_end(context) <= context.n_ctx()
 
 
-def keeps_everything(context: Any) -> bool:
-    """Whether sequence 0 still reaches back to position 0 (sliding windows move on)."""
-    return int(C.llama_memory_seq_pos_min(context.memory, 0)) <= 0
+def n_embd_out(model: Any) -> int:
+    """Return the width of a model's hidden rows, in floats."""
+    return int(C.llama_model_n_embd_out(model.model))
+
+
+def n_rs_seq(context: Any) -> int:
+    """Return how many snapshots of its recurrent state a context really keeps."""
+    return int(C.llama_n_rs_seq(context.ctx))
+
+
+def is_end_of_generation(model: Any, token: int) -> bool:
+    """Whether the model's vocabulary says that a token ends the text."""
+    return bool(C.llama_vocab_is_eog(model.vocab, token))
+
+
+def can_offload() -> bool:
+    """Whether the host was built for a device other than the CPU, and one is here."""
+    return bool(C.llama_supports_gpu_offload())
 
 
 def offloads(context: Any) -> bool:
     """Whether layers of the context's model may be on a device other than the CPU."""
-    return bool(context.model.params.n_gpu_layers) and bool(C.llama_supports_gpu_offload())
+    return bool(context.model.params.n_gpu_layers) and can_offload()
 
 
 def architecture(llama: Any) -> str:
@@ -304,9 +333,9 @@ def draft_context(
     """Make the draft context from the target's own model: no tensor is loaded twice.
 
     It follows the target's ``llama_context_params`` (n_ctx, n_batch, threads, offload, flash
-    attention, rope) and differs where MTP needs it to: one output, no snapshots, fewer rows at a
-    time, its own KV types (default: the host's default, F16). Being an ``internals.LlamaContext``
-    it is freed before its model whatever order Python drops things in.
+    attention, rope, KV types) and differs where MTP needs it to: one output, no snapshots, fewer
+    rows at a time. Being an ``internals.LlamaContext`` it is freed before its model whatever order
+    Python drops things in.
 
     Args:
         n_ubatch: most rows that are computed at a time, never more than the target's; the compute
@@ -314,11 +343,12 @@ def draft_context(
         model: a second model that holds the head; default: the target's.
         shares_kv: the head reads the target's KV cache and takes its types.
         all_outputs: every row of a decode may be an output.
+        type_k, type_v: ggml types of its KV cache; default: the target's, or the host's own default
+            where the host refuses those.
 
     Raises ValueError when the host refuses to make it.
     """
     mine = type(params).from_buffer_copy(params)
-    defaults = C.llama_context_default_params()
     mine.n_ctx = C.llama_n_ctx(target.ctx)
     mine.n_ubatch = min(n_ubatch, mine.n_ubatch)
     mine.ctx_type = C.LLAMA_CONTEXT_TYPE_MTP
@@ -328,12 +358,134 @@ def draft_context(
     mine.n_outputs_max = mine.n_batch if all_outputs else 1
     mine.n_outputs_max_per_seq = mine.n_outputs_max
     mine.embeddings = False
-    if not shares_kv:
-        mine.type_k = defaults.type_k if type_k is None else type_k
-        mine.type_v = defaults.type_v if type_v is None else type_v
-    return internals.LlamaContext(model=model or target.model, params=mine, verbose=verbose)
+    asked = not shares_kv and (type_k, type_v) != (None, None)
+    if asked:
+        mine.type_k = mine.type_k if type_k is None else type_k
+        mine.type_v = mine.type_v if type_v is None else type_v
+    model = model or target.model
+    try:
+        return internals.LlamaContext(model=model, params=mine, verbose=verbose)
+    except ValueError as e:
+        if asked:
+            raise SpecTypeError(
+                "The host refuses a draft context with these cache types; leave out "
+                "spec_draft_type_k and spec_draft_type_v, or pass flash_attn=True with quantized V."
+            ) from e
+        defaults = C.llama_context_default_params()
+        types = (defaults.type_k, defaults.type_v)
+        if shares_kv or (mine.type_k, mine.type_v) == types:
+            raise
+        mine.type_k, mine.type_v = types  # rows of another width may not fill the target's blocks
+        return internals.LlamaContext(model=model, params=mine, verbose=verbose)
 
 
 def vocabulary_of(model: Any) -> int:
     """Return the address of the ``llama_vocab`` of an ``internals.LlamaModel``."""
     return int(ctypes.cast(C.llama_model_get_vocab(model.model), ctypes.c_void_p).value or 0)
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def twin(llama: StockLlama, **stock: Any) -> StockLlama:
+    """Make a stock object on the weights that another object has loaded: a context of its own.
+
+    Its model is as the other one loaded it. One of ours loads the head's tensors too: they are in
+    memory, and plain decoding does not read them. Whichever is closed first, the twin's context is
+    freed before the model, which only the other object frees.
+
+    Args:
+        llama: the object that has the weights.
+        stock: arguments of ``llama_cpp.Llama``; those about the model change nothing.
+
+    Raises ValueError when the host refuses to make the context. Not for use while another thread
+    loads a model: the stock constructor knows no way to be handed one.
+    """
+    model = copy.copy(llama._model)
+    model._exit_stack = contextlib.ExitStack()
+    llama._model._exit_stack.callback(model.close)
+    loading = internals.LlamaModel
+    internals.LlamaModel = lambda **_: model
+    try:
+        return StockLlama(llama.model_path, **stock)
+    finally:
+        internals.LlamaModel = loading
+
+
+def simulate_loading() -> None:
+    """Let every load after this one size the weights and read none. For a process of its own."""
+    load = C.llama_model_load_from_file
+
+    def simulated(path: bytes, params: Any) -> Any:
+        params.no_alloc = True
+        params.load_mode = C.LLAMA_LOAD_MODE_NONE  # on a mapping it would abort
+        return load(path, params)
+
+    C.llama_model_load_from_file = simulated
+
+
+def decode(context: Any, tokens: Sequence[int], position: int) -> None:
+    """Decode tokens of sequence 0 from a position on, each with logits; NativeError on failure."""
+    batch = C.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i] = token, position + i
+        batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, 1
+    status = C.llama_decode(context.ctx, batch)
+    C.llama_batch_free(batch)
+    if status != 0:
+        raise NativeError(f"The host failed to decode {len(tokens)} tokens (status {status}).")
+
+
+def pick(chain: Any, row: npt.NDArray[np.single], *, accept: bool = False) -> int:
+    """Return what a sampler chain chooses from logits of shape (n_vocab,), and accept it or not."""
+    data = (C.llama_token_data * len(row))()
+    table = np.frombuffer(data, dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+    table["id"], table["logit"] = np.arange(len(row)), row
+    array = C.llama_token_data_array(data=data, size=len(row), selected=-1, sorted=False)
+    C.llama_sampler_apply(chain.sampler, ctypes.byref(array))
+    token = int(array.data[array.selected].id)
+    if accept:
+        C.llama_sampler_accept(chain.sampler, token)
+    return token
+
+
+def library_path() -> str:
+    """Return the path of the host library."""
+    return str(C._lib._name)
+
+
+def build_flags() -> str:
+    """Return what the library was compiled for: processor flags, and those of other backends."""
+    flags = C.llama_print_system_info().decode("utf-8", "replace")
+    return " ".join(flags.replace(" = 1", "").replace("|", "").split())
+
+
+def devices() -> list[tuple[str, str, int, int]] | None:
+    """Return name, description, free and total bytes of each device that ggml knows.
+
+    None where its registry is in another library (Windows).
+    """
+    lib = C._lib
+    if not hasattr(lib, "ggml_backend_dev_count"):
+        return None
+    for name, result, arguments in (
+        ("count", ctypes.c_size_t, []),
+        ("get", ctypes.c_void_p, [ctypes.c_size_t]),
+        ("name", ctypes.c_char_p, [ctypes.c_void_p]),
+        ("description", ctypes.c_char_p, [ctypes.c_void_p]),
+        ("memory", None, [ctypes.c_void_p, *[ctypes.POINTER(ctypes.c_size_t)] * 2]),
+    ):
+        function = getattr(lib, f"ggml_backend_dev_{name}")
+        function.restype, function.argtypes = result, arguments
+    found = []
+    for index in range(lib.ggml_backend_dev_count()):
+        device = lib.ggml_backend_dev_get(index)
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        name, description = (
+            look(device).decode("utf-8", "replace")
+            for look in (lib.ggml_backend_dev_name, lib.ggml_backend_dev_description)
+        )
+        found.append((name, description, free.value, total.value))
+    return found

@@ -1,15 +1,18 @@
-"""What the user asked for, checked against the file before anything native runs.
+"""The speculative options, and the plan that follows from them, before anything native runs.
 
-Keyword beats environment beats default. The outcome is a :class:`Plan`, or ``None``: run as stock.
+A keyword beats its environment variable, which beats the default. The outcome is a :class:`Plan`,
+or ``None``: run as stock.
 """
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 from .errors import SpecTypeError
 from .heads.check import HeadReport, check_head
@@ -20,35 +23,123 @@ from .registry import resolve
 logger = logging.getLogger("llama_mtp")
 
 MAX_DEPTH = 64  # more rows than this in a verify batch never pay
-MAX_CHECKPOINTS = 1024
 # More costs prompts more and drafts are no better: tests/bench/figures/prefill.py
 PREFILL_WINDOW = 128
-DEPTHS = ("adaptive", "fixed")
 
-_T = TypeVar("_T")
-_D = TypeVar("_D")
+# As in llama.cpp: is_truthy, is_falsey and kv_cache_types of common/arg.cpp, and ggml's numbers.
+_SWITCHES = {"on": 1, "enabled": 1, "true": 1, "off": 0, "disabled": 0, "false": 0}
+_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "iq4_nl": 20}
+_TYPES |= {"q5_0": 6, "q5_1": 7}
+
+
+class _Kind(NamedTuple):
+    """The values that an option takes; both functions raise for others."""
+
+    name: str
+    take: Callable[[Any], Any]  # the value of a keyword
+    parse: Callable[[str], Any] = str  # the text of a variable, into such a value
+
+
+def _number(kind: type, accepted: type, end: int, name: str) -> _Kind:
+    def take(value: Any) -> Any:
+        if not (isinstance(value, accepted) and 0 <= kind(value) < end):
+            raise ValueError
+        return kind(value)
+
+    return _Kind(name, take, kind)
+
+
+def _choice(kind: type, numbers: Mapping[str, int], name: str) -> _Kind:
+    choices = {**numbers, **{str(number): number for number in numbers.values()}}
+    return _Kind(name, lambda value: kind(choices[f"{value}".lower()]))
+
+
+_NAME = _Kind("a string", str.strip)
+_PATH = _Kind("a path", os.fsdecode)
+_DEPTH = _number(int, Integral, MAX_DEPTH + 1, f"a whole number from 0 to {MAX_DEPTH}")
+_COUNT = _number(int, Integral, 2**31, "a whole number that is not negative")
+_PROBABILITY = _number(float, Real, 1, "a probability below 1")
+_SWITCH = _choice(bool, _SWITCHES, "True or False")
+_TYPE = _choice(int, _TYPES, f"a cache type ({', '.join(_TYPES)}) or its ggml number")
+
+
+class _Option(NamedTuple):
+    """Where an option is given."""
+
+    keyword: str  # "": its variable alone
+    variable: str
+    kind: _Kind
+
+    def read(self, given: Mapping[str, Any]) -> Any:
+        """Return its value, None where there is none; SpecTypeError for one that it cannot have."""
+        value, text = given.get(self.keyword), os.environ.get(self.variable, "").strip()
+        if value is None and not text:
+            return None
+        try:
+            return self.kind.take(self.kind.parse(text) if value is None else value)
+        except (KeyError, TypeError, ValueError):
+            where, what = (self.keyword, value) if value is not None else (self.variable, text)
+            raise SpecTypeError(f"{where} takes {self.kind.name}, got {what!r}.") from None
+
+
+def _option(keyword: str, variable: str, kind: _Kind, default: Any = None) -> Any:
+    return field(default=default, metadata={"option": _Option(keyword, variable, kind)})
 
 
 @dataclass(frozen=True)
 class SpecOptions:
-    """The user's speculative options, every default filled in; names are llama.cpp's own."""
+    """The speculative options of one object: keyword, environment variable, values, default."""
 
-    spec_type: str
-    n_max: int
-    n_min: int
-    p_min: float
-    type_k: int | None
-    type_v: int | None
-    adaptive: bool
-    checkpoints: int = 0
-    draft_model: str | None = None
-    allow_untested: bool = False
-    prefill_window: int = PREFILL_WINDOW  # 0: the draft context reads everything
+    spec_type: str = _option("spec_type", "LLAMA_ARG_SPEC_TYPE", _NAME, "auto")
+    n_max: int = _option("spec_draft_n_max", "LLAMA_ARG_SPEC_DRAFT_N_MAX", _DEPTH, 3)
+    p_min: float = _option("spec_draft_p_min", "LLAMA_ARG_SPEC_DRAFT_P_MIN", _PROBABILITY, 0.0)
+    draft_model: str | None = _option("spec_draft_model", "LLAMA_ARG_SPEC_DRAFT_MODEL", _PATH)
+    type_k: int | None = _option("spec_draft_type_k", "LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_K", _TYPE)
+    type_v: int | None = _option("spec_draft_type_v", "LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_V", _TYPE)
+    adaptive: bool = _option("spec_adaptive", "LLAMA_MTP_ADAPTIVE", _SWITCH, True)
+    checkpoints: int = _option("", "LLAMA_ARG_CTX_CHECKPOINTS", _COUNT, 4)
+    prefill_window: int = _option("", "LLAMA_MTP_PREFILL_WINDOW", _COUNT, PREFILL_WINDOW)
+    allow_untested: bool = _option("", "LLAMA_MTP_ALLOW_UNTESTED", _SWITCH, False)
 
     @property
     def explicit(self) -> bool:
         """Whether the user insists: what cannot be honoured then raises."""
         return self.spec_type != "auto" or self.draft_model is not None
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the keywords that say the same."""
+        return {o.keyword: getattr(self, name) for name, o in OPTIONS.items() if o.keyword}
+
+
+OPTIONS: dict[str, _Option] = {f.name: f.metadata["option"] for f in fields(SpecOptions)}
+_GONE = {
+    "spec_depth": "pass spec_adaptive=False for a constant depth",
+    "spec_draft_adaptive": "pass spec_adaptive=",
+    "spec_draft_n_min": "leave it out",
+    "spec_checkpoints": "set the environment variable LLAMA_ARG_CTX_CHECKPOINTS",
+    "spec_prefill_window": "set the environment variable LLAMA_MTP_PREFILL_WINDOW",
+    "spec_allow_untested": "set the environment variable LLAMA_MTP_ALLOW_UNTESTED",
+}
+
+
+def read_options(**given: Any) -> SpecOptions:
+    """Return what keywords, environment and defaults say; None is a keyword that is not given.
+
+    Raises TypeError for a keyword that there is not, and SpecTypeError for a value.
+    """
+    known = [option.keyword for option in OPTIONS.values()]
+    for name in given.keys() - known:
+        if name in _GONE:
+            raise TypeError(f"{name}= is gone; {_GONE[name]}.")
+        (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        raise TypeError(f"Llama has no argument {name}=; did you mean {nearest}=?")
+    values = {name: option.read(given) for name, option in OPTIONS.items()}
+    options = SpecOptions(**{name: value for name, value in values.items() if value is not None})
+    if options.spec_type != "none":
+        return options
+    if given.get("spec_draft_model") is not None:
+        raise SpecTypeError('spec_type="none" needs no spec_draft_model; leave one of the two out.')
+    return replace(options, draft_model=None)
 
 
 @dataclass(frozen=True)
@@ -70,99 +161,6 @@ class Plan:
     def n_rs_seq(self) -> int:
         """Recurrent snapshots the target needs beyond its current state."""
         return self.depth if self.report.rollback == "snapshots" else 0
-
-
-def _choose(keyword: _T | None, variable: str, parse: Callable[[str], _T], default: _D) -> _T | _D:
-    if keyword is not None:
-        return keyword
-    text = os.environ.get(variable)
-    if text is None or not text.strip():
-        return default
-    try:
-        return parse(text.strip())
-    except ValueError as e:
-        raise SpecTypeError(
-            f"The environment variable {variable}={text!r} is not a number; correct or unset it."
-        ) from e
-
-
-def _switch(text: str) -> bool:
-    return int(text) != 0
-
-
-def read_options(
-    spec_type: str | None,
-    n_max: int | None,
-    n_min: int | None,
-    p_min: float | None,
-    type_k: int | None,
-    type_v: int | None,
-    adaptive: bool | None,
-    checkpoints: int | None = None,
-    draft_model: str | None = None,
-    allow_untested: bool | None = None,
-    depth: str | None = None,
-    prefill_window: int | None = None,
-) -> SpecOptions:
-    """Fill in environment and defaults; SpecTypeError for values out of range.
-
-    ``depth`` says in a word what ``adaptive`` says: ``"adaptive"`` or ``"fixed"``.
-    """
-    if depth not in (None, *DEPTHS):
-        raise SpecTypeError(
-            f'spec_depth is "adaptive" or "fixed", got {depth!r}; spec_draft_n_max is the number.'
-        )
-    if adaptive is not None and depth is not None and adaptive != (depth == "adaptive"):
-        raise SpecTypeError(
-            f"spec_depth={depth!r} and spec_adaptive={adaptive} contradict each other; "
-            "leave one of the two out."
-        )
-    if adaptive is None:
-        adaptive = depth != "fixed"
-    options = SpecOptions(
-        spec_type=_choose(spec_type, "LLAMA_ARG_SPEC_TYPE", str, "auto"),
-        n_max=_choose(n_max, "LLAMA_ARG_SPEC_DRAFT_N_MAX", int, 3),
-        n_min=_choose(n_min, "LLAMA_ARG_SPEC_DRAFT_N_MIN", int, 0),
-        p_min=_choose(p_min, "LLAMA_ARG_SPEC_DRAFT_P_MIN", float, 0.0),
-        type_k=type_k,
-        type_v=type_v,
-        adaptive=adaptive,
-        checkpoints=_choose(checkpoints, "LLAMA_ARG_CTX_CHECKPOINTS", int, 4),
-        draft_model=_choose(draft_model, "LLAMA_ARG_SPEC_DRAFT_MODEL", str, None),
-        allow_untested=_choose(allow_untested, "LLAMA_MTP_ALLOW_UNTESTED", _switch, False),
-        prefill_window=_choose(prefill_window, "LLAMA_MTP_PREFILL_WINDOW", int, PREFILL_WINDOW),
-    )
-    if not isinstance(options.spec_type, str):
-        raise SpecTypeError(f"spec_type must be a string, got {options.spec_type!r}.")
-    if draft_model is not None and options.spec_type == "none":
-        raise SpecTypeError(
-            'spec_draft_model has no use with spec_type="none"; leave one of the two out.'
-        )
-    if not 0 <= options.n_max <= MAX_DEPTH:
-        raise SpecTypeError(
-            f"spec_draft_n_max must be between 0 and {MAX_DEPTH}, got {options.n_max}; "
-            "3 is a good start."
-        )
-    if not 0 <= options.n_min <= options.n_max:
-        raise SpecTypeError(
-            f"spec_draft_n_min must be between 0 and spec_draft_n_max={options.n_max}, "
-            f"got {options.n_min}."
-        )
-    if not 0.0 <= options.p_min < 1.0:
-        raise SpecTypeError(
-            f"spec_draft_p_min is a probability below 1, got {options.p_min}; 0 never stops early."
-        )
-    if not 0 <= options.checkpoints <= MAX_CHECKPOINTS:
-        raise SpecTypeError(
-            f"spec_checkpoints must be between 0 and {MAX_CHECKPOINTS}, got {options.checkpoints}; "
-            "0 keeps none."
-        )
-    if options.prefill_window < 0:
-        raise SpecTypeError(
-            f"spec_prefill_window must not be negative, got {options.prefill_window}; "
-            "0 reads everything."
-        )
-    return options
 
 
 def make_plan(model_path: str, options: SpecOptions, stock: Mapping[str, Any]) -> Plan | None:

@@ -140,7 +140,6 @@ def load_state(llama: Any, session: Session, state: Any) -> None:
         session.load_draft(queue)
     else:
         session.load_draft(None)
-    session.align(llama._input_ids)
 
 
 def _check_stock_part(llama: Any, state: Any) -> None:

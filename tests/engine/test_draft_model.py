@@ -137,11 +137,12 @@ def test_an_untested_architecture_drafts_right_whatever_its_graph_publishes(
     m = model(arch, head=head)
     known = {k: v for k, v in architectures.ARCHITECTURES.items() if k != arch}
     monkeypatch.setattr(inspect, "ARCHITECTURES", known)
-    with pytest.raises(SpecTypeError, match="spec_allow_untested=True"):
+    with pytest.raises(SpecTypeError, match="set LLAMA_MTP_ALLOW_UNTESTED=1"):
         Llama(str(m.path), spec_type="draft-mtp", **COMMON)
+    monkeypatch.setenv("LLAMA_MTP_ALLOW_UNTESTED", "1")
     options: dict[str, Any] = {**COMMON, "spec_adaptive": False}
     prompt = m.text(30)
-    with Llama(str(m.path), spec_allow_untested=True, **options) as fast:
+    with Llama(str(m.path), **options) as fast:
         emitted = list(islice(fast.generate(prompt, temp=0.0), 120))
         accepted = fast.spec_stats.num_accepted_tokens
     assert emitted == list(islice(stock(m).generate(prompt, temp=0.0), 120))

@@ -6,22 +6,23 @@ have a state that the text depends on: a wrong one shows in the next words.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
 import models
 import numpy as np
 import pytest
-from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
+from conftest import LlamaFactory, ModelFactory, StockFactory
+from sampling import GREEDY, SAMPLED
 
-from llama_mtp import Llama
-from llama_mtp.engine.checkpoints import MIN_STEP, TAIL, Checkpoints
-from llama_mtp.errors import SpecTypeError
-from llama_mtp.host import C, logits_row
+from llama_mtp import host
+from llama_mtp.engine.native import lib
+from llama_mtp.host import logits_row
 from llama_mtp.measure.identity import fresh_text, text
 
-GREEDY: dict[str, Any] = {"temp": 0.0}
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+TAIL: int = lib.MTP_CHECKPOINT_TAIL
+MIN_STEP = 32  # native/src/checkpoints.hpp: least distance of two checkpoints
 
 
 @pytest.fixture
@@ -42,9 +43,43 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[int]]:
     return watch
 
 
-def positions(llama: Any) -> list[int]:
-    kept: list[int] = llama._session.checkpoints.positions
-    return kept
+def held(llama: Any) -> int:
+    """How many checkpoints there are."""
+    return int(llama._session.counters()["n_checkpoints"])
+
+
+def restored(llama: Any) -> int:
+    """How often the memory went back to one."""
+    return int(llama._session.counters()["n_checkpoints_restored"])
+
+
+@pytest.fixture
+def set_data(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., int]], None]:
+    """Return ``set_data(f)``: objects made from now on load a state by ``f(real, bytes)``."""
+    real_address, kept = host.address_of, []
+
+    def replace(function: Callable[..., int]) -> None:
+        kind = ctypes.CFUNCTYPE(
+            ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32,
+            ctypes.c_uint32,
+        )  # fmt: skip
+        real = kind(real_address("llama_state_seq_set_data_ext"))
+
+        def load(ctx: int, data: int, n: int, seq: int, flags: int) -> int:
+            def put(other: bytes) -> int:
+                return int(real(ctx, ctypes.cast(other, ctypes.c_void_p), len(other), seq, flags))
+
+            return function(put, ctypes.string_at(data, n))
+
+        kept.append(mine := kind(load))  # the engine keeps the address only
+        address = int(ctypes.cast(mine, ctypes.c_void_p).value or 0)
+
+        def address_of(name: str) -> int:
+            return address if name == "llama_state_seq_set_data_ext" else real_address(name)
+
+        monkeypatch.setattr(host, "address_of", address_of)
+
+    return replace
 
 
 def conversation(llama: Any, m: models.Model, turns: int, n: int = 16) -> list[int]:
@@ -137,10 +172,16 @@ def test_a_head_that_reads_hidden_rows_gets_the_right_ones(
 
 
 def test_a_changed_last_turn_is_read_from_the_turn_before(
-    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, decoded: Any
+    model: ModelFactory,
+    stock: StockFactory,
+    ours: LlamaFactory,
+    decoded: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     m = model("qwen35", state_scale=1.0)
-    plain, fast, without = stock(m), ours(m), ours(m, spec_checkpoints=0)
+    plain, fast = stock(m), ours(m)
+    monkeypatch.setenv("LLAMA_ARG_CTX_CHECKPOINTS", "0")
+    without = ours(m)
     before = conversation(fast, m, 4)
     assert conversation(without, m, 4) == before
     turn = [*before, *fast.input_ids[len(before) : fast.n_tokens].tolist(), *m.text(40, 70)]
@@ -181,23 +222,16 @@ def test_logits_are_those_of_an_object_that_never_went_back(
     model: ModelFactory, stock: StockFactory, ours: LlamaFactory
 ) -> None:
     m = model("qwen35", state_scale=1.0)
-    plain, fast, fresh = stock(m), ours(m), ours(m)
-    conversation(fast, m, 3)
-    at = positions(fast)[-2]
-    prompt = [*fast.input_ids[:at].tolist(), *m.text(25, 7)]
-    rest = fast._reuse_prefix(prompt)
-    assert rest == prompt[at:]
+    plain, fast = stock(m), ours(m)
+    before = conversation(fast, m, 3)
+    at = len(before) - TAIL
+    prompt = [*before[:at], *m.text(25, 7)]
+    rest = fast._reuse(prompt)
+    assert rest == prompt[at:] and restored(fast) == 1
     fast.eval(rest)
-
-    # The same cells, written in the same batches: the same bits.
-    for start, end in zip([0, *positions(fast)], [*positions(fast), len(prompt)], strict=True):
-        fresh.eval(prompt[start:end])
-    row = logits_row(fast._ctx, fast._session.live_row, m.follow.size)
-    same = logits_row(fresh._ctx, fresh._session.live_row, m.follow.size)
     plain.eval(prompt)
-    whole = logits_row(plain._ctx, -1, m.follow.size)
-    np.testing.assert_allclose(row, whole, atol=1e-4)
-    np.testing.assert_allclose(row, same, atol=1e-4)
+    row = logits_row(fast._ctx, fast._session.live_row, m.follow.size)
+    np.testing.assert_allclose(row, logits_row(plain._ctx, -1, m.follow.size), atol=1e-4)
 
 
 def test_the_same_batches_give_the_same_bits(model: ModelFactory, ours: LlamaFactory) -> None:
@@ -205,8 +239,8 @@ def test_the_same_batches_give_the_same_bits(model: ModelFactory, ours: LlamaFac
     fast, fresh = ours(m), ours(m)
     start, rest = m.text(40), m.text(25, 7)
     text(fast, [*start, *m.text(TAIL, 8)], 20, **SAMPLED)
-    assert positions(fast) == [40]
-    assert fast._reuse_prefix([*start, *rest]) == rest
+    assert held(fast) == 1
+    assert fast._reuse([*start, *rest]) == rest
     fast.eval(rest)
     fresh.eval(start)
     fresh.eval(rest)
@@ -215,54 +249,48 @@ def test_the_same_batches_give_the_same_bits(model: ModelFactory, ours: LlamaFac
 
 
 def test_a_wrong_state_would_show(
-    model: ModelFactory, stock: StockFactory, ours: LlamaFactory
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, set_data: Any
 ) -> None:
     """The oracle of this file has teeth: another state in a checkpoint changes the text."""
     m = model("qwen35", state_scale=1.0)
+    seen: list[bytes] = []
+
+    def swap(put: Callable[[bytes], int], data: bytes) -> int:
+        seen.append(data)
+        return put(seen[0])  # that of the first text, in the second as well
+
+    set_data(swap)
     plain, fast = stock(m), ours(m)
-    prompt, other = m.text(64), m.text(64, 3)
-    text(fast, other, 4, **GREEDY)
-    wrong = fast._session.checkpoints._kept[0].state
-    text(fast, prompt, 20, **GREEDY)
-    fast._session.checkpoints._kept[0].state[:] = wrong
-    again = [*prompt[:-2], *m.text(2, 9)]
-    assert text(fast, again, 30, **GREEDY) != fresh_text(plain, again, 30, **GREEDY)
+    for start in (m.text(64, 3), m.text(64)):
+        text(fast, start, 20, **GREEDY)
+        again = [*start[:-2], *m.text(2, 9)]
+        same = text(fast, again, 30, **GREEDY) == fresh_text(plain, again, 30, **GREEDY)
+        assert same == (len(seen) == 1)
+    assert len(seen) == 2
 
 
 # ---- checkpoints: when they may not be used
 
 
+@pytest.mark.parametrize("half", [False, True])
 def test_a_refused_state_means_to_read_all(
-    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, decoded: Any
+    model: ModelFactory,
+    stock: StockFactory,
+    ours: LlamaFactory,
+    decoded: Any,
+    set_data: Any,
+    half: bool,
 ) -> None:
+    """Also where the host has overwritten half of the recurrent state when it notices."""
     m = model("qwen35", state_scale=1.0)
+    set_data(lambda put, data: put(data[: len(data) // 2]) if half else 0)
     plain, fast = stock(m), ours(m)
     prompt = conversation(fast, m, 3)
-    for kept in fast._session.checkpoints._kept:
-        kept.state[:4] = 0  # not the host's mark of a state
     again = [*prompt[:-2], *m.text(9, 9)]
     sizes = decoded(fast)
     assert text(fast, again, 30, **SAMPLED) == fresh_text(plain, again, 30, **SAMPLED)
     assert sum(sizes) == len(again)
-    assert positions(fast) == [len(again) - TAIL]
-
-
-def test_a_state_that_breaks_off_means_to_read_all(
-    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The host has overwritten half of the recurrent state when it notices."""
-    m = model("qwen35", state_scale=1.0)
-    plain, fast = stock(m), ours(m)
-    prompt = conversation(fast, m, 3)
-    real = C.llama_state_seq_set_data_ext
-
-    def half(ctx: Any, state: Any, size: int, *rest: Any) -> int:
-        return int(real(ctx, state, size // 2, *rest))
-
-    monkeypatch.setattr(C, "llama_state_seq_set_data_ext", half)
-    again = [*prompt[:-2], *m.text(9, 9)]
-    assert text(fast, again, 30, **SAMPLED) == fresh_text(plain, again, 30, **SAMPLED)
-    assert fast._session.checkpoints.stats.restored == 0
+    assert (held(fast), restored(fast)) == (1, 0)
 
 
 def _cut_by_hand(llama: Any, m: models.Model) -> None:
@@ -306,11 +334,8 @@ def test_none_outlives_the_cells_before_it(
     m = model("qwen35", state_scale=1.0)
     plain, fast = stock(m), ours(m)
     prompt = conversation(fast, m, 3)
-    assert positions(fast)[-1] == len(prompt) - TAIL
+    assert held(fast) > 1
     change(fast, m)
-    held = fast.input_ids[: fast.n_tokens].tolist()
-    for kept in fast._session.checkpoints._kept:
-        assert held[: kept.n_past] == kept.history.tolist()
     again = [*prompt, *m.text(3, 22)]
     assert text(fast, again, 20, **SAMPLED) == fresh_text(plain, again, 20, **SAMPLED)
 
@@ -322,10 +347,10 @@ def test_a_round_that_starts_further_back_drops_them(
     fast = ours(m)
     prompt = m.text(60)
     text(fast, prompt, 1, **GREEDY)
-    assert positions(fast) == [60 - TAIL]
+    assert held(fast) == 1
     fast.n_tokens = 60 - TAIL - 1
     list(zip(range(9), fast.generate(m.text(5, 2), reset=False, **GREEDY), strict=False))
-    assert positions(fast) == []
+    assert held(fast) == 0
 
 
 def test_a_hole_in_the_middle_drops_them(model: ModelFactory, ours: LlamaFactory) -> None:
@@ -333,7 +358,7 @@ def test_a_hole_in_the_middle_drops_them(model: ModelFactory, ours: LlamaFactory
     fast = ours(m)
     conversation(fast, m, 2)
     fast._ctx.kv_cache_seq_rm(0, 10, 20)
-    assert positions(fast) == []
+    assert held(fast) == 0
 
 
 def test_left_in_the_middle_of_a_round(
@@ -346,22 +371,15 @@ def test_left_in_the_middle_of_a_round(
         text(fast, [*base, *m.text(20, n)], n, **SAMPLED)
         again = [*base, *m.text(20, 30 + n)]
         assert text(fast, again, 20, **SAMPLED) == fresh_text(plain, again, 20, **SAMPLED)
-    assert fast._session.checkpoints.stats.restored == 0  # each prompt is new from 50 on
+    assert restored(fast) == 0  # each prompt is new from 50 on
 
 
-def test_never_across_an_image(model: ModelFactory, ours: LlamaFactory) -> None:
-    m = model("qwen35")
-    fast = ours(m)
-    fast.eval(m.text(60))
-    history = fast.input_ids[:60].copy()
-    history[20:30] = -1
-    fast._session.checkpoints.save(history)
-    assert positions(fast) == []
-
-
-def test_random_turns(model: ModelFactory, stock: StockFactory, ours: LlamaFactory) -> None:
+def test_random_turns(
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     m = model("qwen35", state_scale=1.0)
-    plain, fast = stock(m), ours(m, spec_checkpoints=3)
+    monkeypatch.setenv("LLAMA_ARG_CTX_CHECKPOINTS", "3")
+    plain, fast = stock(m), ours(m)
     rng = np.random.default_rng(4)
     past: list[list[int]] = [m.text(50)]
     for step in range(60):
@@ -372,34 +390,24 @@ def test_random_turns(model: ModelFactory, stock: StockFactory, ours: LlamaFacto
         emitted = text(fast, prompt, n, **SAMPLED)
         assert emitted == fresh_text(plain, prompt, n, **SAMPLED)
         past = [*past[-3:], [*prompt, *emitted]]
-        assert len(positions(fast)) <= 3
-    assert fast._session.checkpoints.stats.restored > 5
+        assert held(fast) <= 3
+    assert restored(fast) > 5
 
 
 # ---- checkpoints: bounds and options
 
 
-def test_at_most_so_many(model: ModelFactory, ours: LlamaFactory) -> None:
+def test_at_most_so_many(
+    model: ModelFactory, ours: LlamaFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     m = model("qwen35")
-    fast = ours(m, spec_checkpoints=2)
-    prompt = conversation(fast, m, 5)
-    assert len(positions(fast)) == 2
-    assert positions(fast)[-1] == len(prompt) - TAIL
-    size = fast._session.checkpoints._kept[0].n_bytes  # a hidden row included
-    assert fast._session.checkpoints.n_bytes == 2 * size == fast.spec_memory()["checkpoints"]
-
-
-def test_at_most_so_many_bytes(model: ModelFactory, ours: LlamaFactory) -> None:
-    m = model("qwen35")
+    monkeypatch.setenv("LLAMA_ARG_CTX_CHECKPOINTS", "2")
     fast = ours(m)
-    kept: Checkpoints = fast._session.checkpoints
     text(fast, m.text(60), 1, **GREEDY)
-    kept.max_bytes = 2 * kept.n_bytes
+    one = fast.spec_memory()["checkpoints"]
     conversation(fast, m, 5)
-    assert len(kept) == 2
-    kept.max_bytes = kept.n_bytes // 2 - 1
-    text(fast, m.text(60, 9), 1, **GREEDY)
-    assert (len(kept), kept.n_bytes, kept.limit) == (0, 0, 0)  # one alone is too large: no more
+    assert held(fast) == 2
+    assert fast.spec_memory()["checkpoints"] == 2 * one
 
 
 def test_not_closer_than_the_least_step(model: ModelFactory, ours: LlamaFactory) -> None:
@@ -408,9 +416,9 @@ def test_not_closer_than_the_least_step(model: ModelFactory, ours: LlamaFactory)
     prompt = m.text(60)
     text(fast, prompt, 1, **GREEDY)
     text(fast, [*prompt, *m.text(MIN_STEP - 1, 2)], 1, **GREEDY)
-    assert positions(fast) == [56]
+    assert held(fast) == 1
     text(fast, [*prompt, *m.text(MIN_STEP, 3)], 1, **GREEDY)
-    assert positions(fast) == [56, 56 + MIN_STEP]
+    assert held(fast) == 2
 
 
 @pytest.mark.parametrize("arch", ["hy_v3", "mimo2"])
@@ -418,41 +426,8 @@ def test_attention_needs_none(model: ModelFactory, ours: LlamaFactory, arch: str
     m = model(arch)
     fast = ours(m)
     conversation(fast, m, 3)
-    assert positions(fast) == []
+    assert held(fast) == 0
     assert "checkpoints" not in fast.spec_memory()
-
-
-def test_option_and_environment(model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = str(model("qwen35").path)
-    with Llama(path, **COMMON) as fast:
-        assert fast._session.checkpoints.limit == 4
-    monkeypatch.setenv("LLAMA_ARG_CTX_CHECKPOINTS", "2")
-    with Llama(path, **COMMON) as fast:
-        assert fast._session.checkpoints.limit == 2
-        assert fast.__getstate__()["spec_checkpoints"] == 2
-    with Llama(path, spec_checkpoints=0, **COMMON) as fast:
-        assert fast._session.checkpoints.limit == 0
-    with pytest.raises(SpecTypeError, match="spec_checkpoints"):
-        Llama(path, spec_checkpoints=-1, **COMMON)
-
-
-def test_an_interrupt_while_going_back(
-    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    m = model("qwen35", state_scale=1.0)
-    plain, fast = stock(m), ours(m)
-    prompt = conversation(fast, m, 3)
-    held = fast.input_ids[: fast.n_tokens].tolist()
-    again = [*prompt[:-2], *m.text(9, 9)]
-
-    def interrupted(*_: Any) -> bool:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(C, "llama_memory_seq_rm", interrupted)
-        text(fast, again, 5, **SAMPLED)
-    for prompt in ([*held, *m.text(3, 5)], again):
-        assert text(fast, prompt, 20, **SAMPLED) == fresh_text(plain, prompt, 20, **SAMPLED)
 
 
 # ---- the draft's side: a cut below what it has read, and a window on what it reads
@@ -476,10 +451,14 @@ def test_the_token_before_a_cut_is_read_again_for_the_draft(
 
 
 def test_a_prefill_window_spares_the_draft_the_prompt(
-    model: ModelFactory, stock: StockFactory, ours: LlamaFactory
+    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     m = model("hy_v3", head="hidden")
-    plain, fast, all_ = stock(m), ours(m, spec_prefill_window=32), ours(m, spec_prefill_window=0)
+    plain = stock(m)
+    monkeypatch.setenv("LLAMA_MTP_PREFILL_WINDOW", "32")
+    fast = ours(m)
+    monkeypatch.setenv("LLAMA_MTP_PREFILL_WINDOW", "0")
+    all_ = ours(m)
     prompt = m.text(300)
     expected = fresh_text(plain, prompt, 60, **SAMPLED)
     assert text(fast, prompt, 60, **SAMPLED) == text(all_, prompt, 60, **SAMPLED) == expected
@@ -494,7 +473,8 @@ def test_the_host_keeps_no_hidden_rows_of_what_the_draft_will_not_read(
     model: ModelFactory, ours: LlamaFactory, arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches wholly before the window cost what they cost in stock; the rest has its rows."""
-    fast = ours(model(arch), spec_prefill_window=32, n_batch=64, n_ubatch=64)
+    monkeypatch.setenv("LLAMA_MTP_PREFILL_WINDOW", "32")
+    fast = ours(model(arch), n_batch=64, n_ubatch=64)
     session, kept = fast._session, []
     capture = session.capture
 
@@ -507,18 +487,3 @@ def test_the_host_keeps_no_hidden_rows_of_what_the_draft_will_not_read(
     assert [end for end, rows in kept if rows] == [end for end, _ in kept if end > 300 - 33]
     assert any(not rows for _, rows in kept)
     assert fast.spec_stats.last.num_accepted_tokens > 5
-
-
-def test_prefill_window_and_environment(
-    model: ModelFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = str(model("hy_v3").path)
-    with Llama(path, **COMMON) as fast:
-        assert fast.__getstate__()["spec_prefill_window"] == 128
-    monkeypatch.setenv("LLAMA_MTP_PREFILL_WINDOW", "64")
-    with Llama(path, **COMMON) as fast:
-        assert fast.__getstate__()["spec_prefill_window"] == 64
-    with Llama(path, spec_prefill_window=9, **COMMON) as fast:
-        assert fast.__getstate__()["spec_prefill_window"] == 9
-    with pytest.raises(SpecTypeError, match="spec_prefill_window"):
-        Llama(path, spec_prefill_window=-1, **COMMON)

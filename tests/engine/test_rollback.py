@@ -7,17 +7,14 @@ to be trusted: it takes back tokens whose state is gone, and the logits are sile
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any
 
 import models
 import pytest
 from conftest import LlamaFactory, ModelFactory, StockFactory
+from sampling import GREEDY, SAMPLED
 
 from llama_mtp import host
 from llama_mtp.measure.identity import fresh_text, text
-
-GREEDY: dict[str, Any] = {"temp": 0.0}
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)

@@ -15,15 +15,13 @@ import models
 import numpy as np
 import pytest
 from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
-from test_acceptance import assert_acceptance
+from sampling import GREEDY, SAMPLED
 
 from llama_mtp import StateError
+from llama_mtp.engine.generation import Generation
 from llama_mtp.engine.native import ffi, lib
 from llama_mtp.host import address_of_sampler
 from llama_mtp.measure.identity import fresh_text, text
-
-GREEDY: dict[str, Any] = {"temp": 0.0}
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
 ROWS = range(1, 10)  # tokens after the prompt: at depth 3, every row of more than one round
 PROMPT = 20
@@ -101,16 +99,16 @@ def test_acceptance_goes_on_as_if_nothing_had_happened(
         state = pickle.loads(pickle.dumps(fast.save_state()))
         for target in (fast, other):
             text(target, m.text(15, seed=n), n, **GREEDY)
-            restarts = target._session._counters.n_draft_restarts
+            restarts = target._session.counters()["n_draft_restarts"]
             target.load_state(state)
             emitted = text(target, context, 60, **GREEDY)
             assert emitted == undisturbed
             stats = target.spec_stats.last
             assert snapshot(stats) == truth
-            expected = assert_acceptance(stats, m, context, emitted, 3)
+            expected = models.assert_acceptance(stats, m, context, emitted, 3)
             if head == "hidden":
                 assert {accepted for _, _, accepted in expected.rounds[:-1]} == {3}
-            assert target._session._counters.n_draft_restarts == restarts
+            assert target._session.counters()["n_draft_restarts"] == restarts
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
@@ -126,8 +124,10 @@ def test_the_pending_hidden_row_comes_back(
         chain = other._init_sampler(temp=0.0)
         address = ffi.cast("void *", address_of_sampler(chain))
         session = other._session
+        generation = Generation(chain, address, None, context[:-1], end=other.n_ctx())
+        session.begin(generation, other._input_ids)
         for _ in range(4):
-            context.append(other._next(session, chain, address, context[-1], None))
+            context.append(other._next(session, generation, context[-1], None))
             assert context[-1] == m.follow[context[-2]]
         assert (session._step.n_sampled, session._step.n_accepted) == (4, 3)  # all of one round
 
@@ -169,7 +169,7 @@ def test_a_stock_state_loads_and_drafts(
         fast.load_state(state)
         emitted = text(fast, context, 60, **GREEDY)
         assert emitted == truth
-        assert_acceptance(fast.spec_stats.last, m, context, emitted, 3)
+        models.assert_acceptance(fast.spec_stats.last, m, context, emitted, 3)
 
 
 def test_a_state_needs_nothing_of_this_package(
@@ -258,7 +258,7 @@ def test_other_draft_settings_start_the_draft_empty(
     context = begin(fast, m, 5)
     state = fast.save_state()
     truth = fresh_text(plain, context, 30, **SAMPLED)
-    for options in ({"spec_draft_type_k": 0, "spec_draft_type_v": 0}, {"n_batch": 16}):
+    for options in ({"spec_draft_type_k": "f16", "spec_draft_type_v": "f16"}, {"n_batch": 16}):
         other = ours(m, **options)
         other.load_state(state)
         assert text(other, context, 30, **SAMPLED) == truth

@@ -20,9 +20,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import hypothesis.strategies as st
 import llama_cpp
 import models
+import numpy as np
 import pytest
 from conftest import COMMON, ModelFactory
 from hypothesis import HealthCheck, Phase, settings
@@ -33,6 +35,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from models.families import qwen3next
+from sampling import GREEDY, SAMPLED, by_position, processors
 
 from llama_mtp import Llama
 from llama_mtp.measure.identity import clear, fresh_text
@@ -44,21 +48,15 @@ STEPS_PER_EXAMPLE = 50
 OPTIONS: dict[str, Any] = {**COMMON, "n_ctx": N_CTX, "n_batch": N_BATCH}
 
 
-def by_position(ids: Any, row: Any) -> Any:
-    """A logits processor that depends on the text."""
-    row[models.FIRST_WORD + (len(ids) + int(ids.sum())) % models.N_WORDS] += 4.0
-    return row
-
-
 SAMPLERS: tuple[dict[str, Any], ...] = (
-    {"temp": 0.0},
-    {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05},
+    GREEDY,
+    SAMPLED,
     {"temp": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
     {"temp": 0.0, "repeat_penalty": 1.4},
     {"temp": 1.0, "typical_p": 0.8, "presence_penalty": 0.3},
     {"mirostat_mode": 1},
     {"mirostat_mode": 2, "frequency_penalty": 0.2},
-    {"temp": 0.8, "logits_processor": llama_cpp.LogitsProcessorList([by_position])},
+    {"temp": 0.8, "logits_processor": processors(by_position)},
 )
 
 samplers = st.sampled_from(range(len(SAMPLERS)))
@@ -549,6 +547,13 @@ def test_any_sequence_of_calls(model: ModelFactory, arch: str) -> None:
     n_steps = -(-STEPS // len(models.ARCHITECTURES))
     conversation = run_steps(model(arch, state_scale=0.6), n_steps, derandomize=STEPS <= 2000)
     assert conversation.steps >= n_steps
+
+
+def test_any_sequence_of_calls_with_a_checkpoint_to_go_back_to(tmp_path: Path) -> None:
+    """A trunk whose recurrent state has no snapshots."""
+    path = qwen3next.build(tmp_path, 1, 1).path
+    model = models.Model(path, "qwen3next", follow=np.zeros(0, np.int64), heads=())
+    assert run_steps(model, 400, derandomize=True).steps >= 400
 
 
 def main() -> None:

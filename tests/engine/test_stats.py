@@ -99,3 +99,13 @@ def test_totals_are_the_sum_of_generations(generations: list[list[tuple[int, int
     ):
         assert agreed <= tested <= drafted
     assert all(0.0 <= rate <= 1.0 for rate in stats.acceptance_per_pos)
+
+
+def test_counters_of_several_generations_add_up() -> None:
+    whole, total = SpecStats(), SpecStats()
+    for counts in ((3, 4, 3), (1, 1, 0), (2, 2, 1)):
+        one = SpecStats()
+        for stats in (whole, one):
+            stats.observe_round(*counts, target_ns=7, draft_decodes=2)
+        total.add(one)
+    assert total.as_dict() == whole.as_dict()

@@ -56,7 +56,7 @@ def main() -> int:
             run_bench(
                 console,
                 path,
-                names=list(PROMPTS),
+                prompts=PROMPTS,
                 temps=(0.0, 0.8),
                 depths=DEPTHS,
                 max_tokens=192,

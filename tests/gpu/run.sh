@@ -101,7 +101,7 @@ if [[ ! -f $big && ! -f $small ]]; then
   PYTHONPATH=$site:$repo/tests "$python" - "$small" <<'PY'
 import sys
 from pathlib import Path
-from llama_mtp.demo.run import demo_model
+from llama_mtp.demo.model import demo_model
 from llama_mtp.errors import LlamaMtpError
 import models
 file = Path(sys.argv[1])
@@ -124,7 +124,7 @@ if ((${#mode[@]})); then
   count=(--threads 1 --tokens 24)
 fi
 if part bench; then
-  "$python" -c 'from llama_mtp.commands.cli import app; app()' bench "$big" --n-gpu-layers "$layers" "${sweep[@]}" || status=$?
+  "$python" -m llama_mtp bench "$big" --n-gpu-layers "$layers" "${sweep[@]}" || status=$?
 fi
 if part peers; then
   "$python" "$repo/tests/bench/peers.py" "$big" --gpu-layers "$layers" "${long[@]}" \

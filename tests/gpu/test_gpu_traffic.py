@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import traffic
@@ -50,7 +51,8 @@ def test_counts_are_those_of_the_engine(
 def test_copies_of_a_recurrent_state_are_counted(tmp_path: Path) -> None:
     """qwen3next is rolled back by copies: one out a round, and one back where a draft was wrong."""
     path = str(qwen3next.build(tmp_path, 1, 1).path)
-    with traffic.counted() as of, Llama(path, spec_type="draft-mtp", verbose=False) as llama:
+    options: dict[str, Any] = {"spec_type": "draft-mtp", "spec_adaptive": False, "verbose": False}
+    with traffic.counted() as of, Llama(path, **options) as llama:
         counts = of(llama)
         generate(llama, [5, 6, 7], 30)
         size = host.C.llama_state_seq_get_size_ext(llama._ctx.ctx, 0, 1)

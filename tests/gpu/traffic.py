@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=True)
     options: dict[str, Any] = {
         "spec_type": "draft-mtp",
-        "spec_depth": "fixed",
+        "spec_adaptive": False,
         "spec_draft_n_max": args.depth,
         "n_ctx": 1024,
         "n_gpu_layers": args.gpu_layers,

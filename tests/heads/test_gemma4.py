@@ -20,13 +20,12 @@ from conftest import COMMON, StockFactory, _factory
 from models.families import gemma4
 from models.families.common import Files
 from models.reference import Reference
+from sampling import GREEDY, SAMPLED
 
 from llama_mtp import Llama, host
+from llama_mtp.engine.generation import Generation
 from llama_mtp.errors import ModelFileError, SpecTypeError
 from llama_mtp.measure.identity import check_identity, fresh_text, text
-
-GREEDY: dict[str, Any] = {"temp": 0.0}
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
 Factory = Callable[..., Any]
 
@@ -156,10 +155,11 @@ def test_what_empties_the_draft_leaves_the_target_alone(
     def forget() -> None:
         fast._session.forget(fast._session.n_past)
 
-    def align_to_another_text() -> None:
-        fast._session.align(np.array(words(40, 3), dtype=np.intc))
+    def begin_another_text() -> None:
+        generation = Generation(None, None, sampling=None)
+        fast._session.begin(generation, np.array(words(40, 3), dtype=np.intc))
 
-    for empty in (load_no_draft, forget, align_to_another_text):
+    for empty in (load_no_draft, forget, begin_another_text):
         fast.set_seed(1)
         stream = fast.generate(words(60), **SAMPLED)
         emitted = list(islice(stream, 30))

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from conftest import LlamaFactory, ModelFactory, StockFactory
 from models.families import FAMILIES
+from sampling import GREEDY
 
 from llama_mtp.errors import FileWriteError, LlamaMtpError, ModelFileError
 from llama_mtp.gguf import write
@@ -34,7 +35,6 @@ from llama_mtp.measure.identity import fresh_text, text
 
 HEADS = [("qwen35", 1), ("hy_v3", 1), ("mimo2", 1), ("hy_v3", 2), ("mimo2", 3)]
 HEAD_FORMS = ("full", "mtp-only", "tensors-only")
-GREEDY: dict[str, Any] = {"temp": 0.0}
 COMPARE = partial(compare_greedy, n_tokens=8, n_threads=1)
 
 
@@ -534,10 +534,10 @@ def test_a_killed_command_leaves_nothing(
     before = sorted(tmp_path.iterdir())
     # The command itself, made slow enough to be hit while it writes.
     slow = (
-        "import time; from llama_mtp.commands import cli; from llama_mtp.gguf import write\n"
+        "import time; from llama_mtp.commands.main import main; from llama_mtp.gguf import write\n"
         "add = write._Meter.add\n"
         "write._Meter.add = lambda meter, n: (time.sleep(0.05), add(meter, n))\n"
-        "cli.main()"
+        "main()"
     )
     arguments = ["graft", str(trunk), str(m.path), "-o", str(tmp_path / "joined.gguf")]
     child = subprocess.Popen(
@@ -701,7 +701,7 @@ def test_the_command_says_what_it_did(pair: tuple[models.Model, Path], tmp_path:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", "from llama_mtp.commands import cli; cli.main()", *arguments],
+            [sys.executable, "-m", "llama_mtp", *arguments],
             capture_output=True,
             text=True,
             env={**os.environ, "COLUMNS": "200"},

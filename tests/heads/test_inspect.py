@@ -23,7 +23,7 @@ from test_header import TRUNK, write_gguf
 from typer.testing import CliRunner
 
 from llama_mtp import Llama, host
-from llama_mtp.commands import cli
+from llama_mtp.commands import main as cli
 from llama_mtp.errors import ModelFileError
 from llama_mtp.gguf.header import TensorInfo
 from llama_mtp.heads import split as splitting
@@ -399,7 +399,7 @@ def test_what_the_user_has_set_for_other_runs_is_no_part_of_the_question(
     model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLAMA_ARG_SPEC_TYPE", "none")
-    monkeypatch.setenv("LLAMA_ARG_SPEC_DRAFT_N_MIN", "60")
+    monkeypatch.setenv("LLAMA_ARG_SPEC_DRAFT_P_MIN", "60")
     assert ask_host(model("qwen35").path, n_ctx=512, depth=3).reason == ""
 
 

@@ -17,14 +17,14 @@ import pytest
 from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 from hypothesis import given
 from hypothesis import strategies as st
+from models.cases import OPTIONS
 from models.families import FAMILIES
-from test_families import OPTIONS
 from test_graft import contents
 from test_own_output import PROMPT, drafted, text
 from typer.testing import CliRunner
 
 from llama_mtp import Llama
-from llama_mtp.commands import cli
+from llama_mtp.commands import main as cli
 from llama_mtp.errors import FileWriteError, ModelFileError, NativeError, SpecTypeError
 from llama_mtp.gguf.model import Gguf
 from llama_mtp.heads import narrow as tool

@@ -13,12 +13,12 @@ import models
 import numpy as np
 import pytest
 from conftest import ModelFactory
+from models.cases import OPTIONS, Watch
 from models.families import FAMILIES
-from test_families import OPTIONS, Watch
 from typer.testing import CliRunner
 
 from llama_mtp import Llama, host
-from llama_mtp.commands import cli
+from llama_mtp.commands import main as cli
 from llama_mtp.errors import ModelFileError
 from llama_mtp.heads.architectures import ARCHITECTURES
 from llama_mtp.heads.graft import graft

@@ -14,11 +14,12 @@ from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models.families import FAMILIES
+from sampling import GREEDY
 from test_graft import contents, metadata, rewrite
 from typer.testing import CliRunner
 
 from llama_mtp import Llama
-from llama_mtp.commands import cli
+from llama_mtp.commands import main as cli
 from llama_mtp.errors import FileWriteError, ModelFileError
 from llama_mtp.gguf import write
 from llama_mtp.gguf.header import read_header
@@ -32,7 +33,6 @@ from llama_mtp.heads.graft import graft
 from llama_mtp.heads.split import PER_LAYER, split, strip
 from llama_mtp.measure.identity import fresh_text, text
 
-GREEDY: dict[str, Any] = {"temp": 0.0}
 HEADS = [("qwen35", 1), ("hy_v3", 1), ("mimo2", 1), ("hy_v3", 2), ("mimo2", 3)]
 JOINABLE = [(arch, n) for arch, f in FAMILIES.items() for n in (1, 2, 3) if n <= f.max_heads]
 JOINABLE = [(arch, n) for arch, n in JOINABLE if arch != "gemma4-assistant"]

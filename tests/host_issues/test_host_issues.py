@@ -1,4 +1,4 @@
-"""What the README says of the host is so: each known issue is reproduced, in a process of its own.
+"""What the page beside this file says of the host is so: each fault is shown, in its own process.
 
 A release of the host that mends one fails here; then what stands in its way can go.
 """

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from llama_mtp import host
 from llama_mtp._version import __version__
-from llama_mtp.commands import cli
+from llama_mtp.commands import main as cli
 from llama_mtp.heads import split as splitting
 from llama_mtp.measure import child, trial
 from llama_mtp.measure.doctor import examine, findings

@@ -119,6 +119,21 @@ def expected_acceptance(
     return Expectation(rounds)
 
 
+def assert_acceptance(
+    stats: Any, model: Model, prompt: list[int], emitted: list[int], depth: int
+) -> Expectation:
+    """Compare what a generation booked with what follows from its text; return the latter."""
+    expected = expected_acceptance(model, prompt, emitted, depth)
+    assert stats.num_rounds == len(expected.rounds)
+    assert stats.num_draft_tokens == expected.drafted
+    assert stats.num_accepted_tokens == expected.accepted
+    assert stats.num_emitted_tokens == len(emitted) - 1  # the first token comes from the prompt
+    assert stats.num_accepted_per_pos == expected.accepted_per_pos(depth)
+    assert stats.num_tested_per_pos == expected.tested_per_pos(depth)
+    assert stats.num_target_decodes == len(expected.rounds)
+    return expected
+
+
 @dataclass(frozen=True)
 class Words:
     """The cycle of the words, and the directions of the residual stream that stand for them."""

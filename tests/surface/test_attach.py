@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import inspect
+import os
 from typing import Any
 
 import llama_cpp
@@ -13,8 +13,22 @@ from conftest import LlamaFactory, ModelFactory
 import llama_mtp.engine.native as engine
 from llama_mtp import HostVersionError, Llama, NativeError, _version, host
 
-FOLLOWED = ("n_batch", "n_ubatch", "n_threads", "n_threads_batch", "flash_attn_type")
-FOLLOWED += ("offload_kqv", "op_offload", "swa_full", "rope_freq_base", "rope_freq_scale")
+FOLLOWED = ("n_batch", "n_ubatch", "n_threads", "n_threads_batch", "flash_attn_type", "type_k")
+FOLLOWED += ("offload_kqv", "op_offload", "swa_full", "rope_freq_base", "rope_freq_scale", "type_v")
+
+
+@pytest.fixture
+def contexts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """The model and the parameters of each context that the host is asked for, in order."""
+    made: list[tuple[Any, Any]] = []
+    init = host.C.llama_init_from_model
+
+    def asked(model: Any, params: Any) -> Any:
+        made.append((model, type(params).from_buffer_copy(params)))
+        return init(model, params)
+
+    monkeypatch.setattr(host.C, "llama_init_from_model", asked)
+    return made
 
 
 def test_a_stale_native_module_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,12 +62,15 @@ def test_a_host_without_a_function_is_refused_or_left_as_stock(
         Llama(path, spec_type="draft-mtp", verbose=False)
     with Llama(path, verbose=False) as llm:
         assert llm.spec_type == "none"
-        assert next(llm.generate([300, 301], temp=0.0)) > 0
+        plain = llama_cpp.Llama(path, verbose=False)
+        tokens = [next(x.generate([300, 301], temp=0.0)) for x in (llm, plain)]
+        assert tokens[0] == tokens[1]
+        plain.close()
 
 
 @pytest.mark.parametrize("flash_attn", [False, True])
 def test_the_draft_context_follows_the_host(
-    model: ModelFactory, ours: LlamaFactory, flash_attn: bool
+    model: ModelFactory, ours: LlamaFactory, contexts: list[tuple[Any, Any]], flash_attn: bool
 ) -> None:
     llm = ours(
         model("qwen35"),
@@ -66,53 +83,24 @@ def test_the_draft_context_follows_the_host(
         offload_kqv=False,
         rope_freq_base=20000.0,
     )
-    mine, target = llm._session._draft.params, llm.context_params
+    (model_of_target, target), (model_of_draft, draft) = contexts
+    assert model_of_draft == model_of_target  # no tensor is loaded twice
     for name in FOLLOWED:
-        assert getattr(mine, name) == getattr(target, name), name
-    assert mine.n_ctx == llm.n_ctx()
-    assert mine.n_rs_seq == 0 and mine.n_outputs_max == 1
+        assert getattr(draft, name) == getattr(target, name), name
+    assert draft.n_ctx == llm.n_ctx()
+    assert draft.n_rs_seq == 0 and draft.n_outputs_max == 1
     assert target.n_rs_seq == 3 and target.n_outputs_max == 4
-    assert llm._session._draft.model is llm._model
 
 
-def test_both_thread_counts_default_to_the_same(model: ModelFactory) -> None:
+def test_both_thread_counts_default_to_all_cores_and_to_the_hosts_without_drafts(
+    model: ModelFactory,
+) -> None:
     with Llama(str(model("hy_v3").path), spec_type="draft-mtp", verbose=False) as llm:
-        assert llm.n_threads == llm.n_threads_batch
+        assert llm.n_threads == llm.n_threads_batch == os.cpu_count()
     with Llama(str(model("hy_v3").path), spec_type="none", verbose=False) as llm:
         plain = llama_cpp.Llama(str(model("hy_v3").path), verbose=False)
         assert (llm.n_threads, llm.n_threads_batch) == (plain.n_threads, plain.n_threads_batch)
         plain.close()
-
-
-@pytest.mark.parametrize(
-    ("environment", "keywords", "spec_type", "depth"),
-    [
-        ({}, {}, "draft-mtp", 3),
-        ({"SPEC_TYPE": "none"}, {}, "none", 0),
-        ({"SPEC_TYPE": "none"}, {"spec_type": "mtp"}, "draft-mtp", 3),
-        ({"SPEC_DRAFT_N_MAX": "2"}, {}, "draft-mtp", 2),
-        ({"SPEC_DRAFT_N_MAX": "2"}, {"spec_draft_n_max": 5}, "draft-mtp", 5),
-        ({"SPEC_TYPE": " "}, {"spec_type": "auto"}, "draft-mtp", 3),
-    ],
-)
-def test_keyword_beats_environment_beats_default(
-    model: ModelFactory,
-    monkeypatch: pytest.MonkeyPatch,
-    environment: dict[str, str],
-    keywords: dict[str, Any],
-    spec_type: str,
-    depth: int,
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(f"LLAMA_ARG_{name}", value)
-    with Llama(str(model("hy_v3").path), verbose=False, **keywords) as llm:
-        assert (llm.spec_type, llm.spec_depth) == (spec_type, depth)
-
-
-def test_the_signature_shows_stock_and_own_arguments() -> None:
-    names = set(inspect.signature(Llama).parameters)
-    assert names >= set(inspect.signature(llama_cpp.Llama).parameters) - {"kwargs"}
-    assert {"spec_type", "spec_draft_n_max", "spec_draft_n_min", "spec_draft_p_min"} <= names
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_mtp import ClosedError, Llama, completion
+from llama_mtp import ClosedError, Llama, completion, text
 from llama_mtp.measure.identity import clear
 
 BYTE = models.N_SPECIAL  # id of the token of byte 0
@@ -106,7 +106,7 @@ def byte_tokens(text: str | bytes) -> list[int]:
 def test_the_signature_is_the_one_we_know() -> None:
     """Arguments by position and by name mean the same, whatever stock's create_completion does."""
     stock = inspect.signature(llama_cpp.Llama._create_completion).parameters
-    ours = inspect.signature(completion.complete).parameters
+    ours = inspect.signature(completion.Completion._complete).parameters
     assert list(ours)[1:] == list(stock)[1:]
     for name in list(stock)[2:]:
         if name != "stop":  # a mutable default there
@@ -423,7 +423,7 @@ def test_equal_logits_are_listed_as_stock_lists_them(pair: tuple[Any, Any]) -> N
     values = np.array([1.0, 3.0, 3.0, -np.inf, 3.0, 2.0, -np.inf], dtype=np.single)
     for n in range(8):
         expected = sorted(zip(values, range(len(values)), strict=True), reverse=True)[:n]
-        assert completion._largest(values, n).tolist() == [i for _, i in expected]
+        assert text._largest(values, n).tolist() == [i for _, i in expected]
 
 
 def test_logprobs_of_an_empty_prompt(pair: tuple[Any, Any]) -> None:
@@ -461,8 +461,7 @@ def test_chat_top_logprobs(pair: tuple[Any, Any]) -> None:
 
 
 def test_rows_take_a_few_bytes(pair: tuple[Any, Any]) -> None:
-    text = completion._Text(pair[1], chars=True)
-    rows = completion._Rows(text, 5, models.N_VOCAB)
+    rows = text.Rows(text.Text(pair[1], chars=True), 5, models.N_VOCAB)
     logits = np.random.default_rng(0).normal(size=models.N_VOCAB).astype(np.single)
     for _ in range(1000):
         rows.add(logits, 3, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import logging
 import subprocess
@@ -12,12 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import models
 import numpy as np
 import pluggy
 import pytest
-from conftest import LlamaFactory, ModelFactory
+from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 
-from llama_mtp import hooks, registry
+from llama_mtp import Llama, hooks, registry
 from llama_mtp.errors import SpecTypeError
 from llama_mtp.hooks import (
     Draft,
@@ -28,14 +30,17 @@ from llama_mtp.hooks import (
     hookimpl,
     specs,
 )
-from llama_mtp.measure.identity import text
+from llama_mtp.measure.identity import fresh_text, text
 
 SPECS = [
     name
     for name, member in vars(specs).items()
     if inspect.isfunction(member) and hasattr(member, f"{hooks.NAMESPACE}_spec")
 ]
-SETTINGS = SpecSettings("draft-mtp", n_max=3, n_min=0, p_min=0.0, n_ctx=64, n_vocab=32)
+SETTINGS = SpecSettings("draft-mtp", n_max=3, p_min=0.0, n_ctx=64, n_vocab=32)
+
+
+Register = Callable[[object, str], None]
 
 
 class Repeat:
@@ -69,7 +74,7 @@ def fresh_registry() -> Iterator[None]:
 
 
 @pytest.fixture
-def register() -> Callable[[object, str], None]:
+def register() -> Register:
     def register(plugin: object, name: str) -> None:
         registry.plugin_manager().register(plugin, name=name)
 
@@ -117,7 +122,7 @@ def test_specs_are_prefixed_and_documented(name: str) -> None:
     assert inspect.getdoc(getattr(specs, name))
 
 
-def test_mtp_register_spec_types(register: Callable[[object, str], None]) -> None:
+def test_mtp_register_spec_types(register: Register) -> None:
     offer = spec_type(aliases=("again",))
     register(offering(offer), "mine")
     assert registry.spec_types()["repeat"] is registry.resolve("again") is offer
@@ -126,62 +131,103 @@ def test_mtp_register_spec_types(register: Callable[[object, str], None]) -> Non
     assert offer.factory(SETTINGS).draft(request) == Draft([2, 2])
 
 
-def test_mtp_session_opened(register: Callable[[object, str], None]) -> None:
-    seen: list[SpecSettings] = []
+def test_mtp_session_opened(register: Register, model: ModelFactory, ours: LlamaFactory) -> None:
+    """Every plugin is told of every object, once."""
+    seen: list[tuple[str, SpecSettings]] = []
 
     class Plugin:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
         @hookimpl
         def mtp_session_opened(self, settings: SpecSettings) -> None:
-            seen.append(settings)
+            seen.append((self.name, settings))
 
-    register(Plugin(), "first")
-    register(Plugin(), "second")
-    registry.plugin_manager().hook.mtp_session_opened(settings=SETTINGS)
-    assert seen == [SETTINGS, SETTINGS]
+    for name in ("first", "second"):
+        register(Plugin(name), name)
+    m = model("hy_v3")
+    llm = ours(m)
+    assert sorted(name for name, _ in seen) == ["first", "second"]
+    settings = seen[0][1]
+    assert seen[1][1] is settings
+    assert settings.spec_type == "draft-mtp"
+    assert settings.n_max == llm.spec_depth == 3
+    assert (settings.n_ctx, settings.n_vocab) == (llm.n_ctx(), llm.n_vocab())
+    text(llm, m.text(10), 40)
+    assert len(seen) == 2
+    ours(m, n_ctx=256)
+    assert [settings.n_ctx for _, settings in seen] == [512, 512, 256, 256]
 
 
-def test_mtp_choose_depth(register: Callable[[object, str], None]) -> None:
-    class Plugin:
-        def __init__(self, answer: int | None) -> None:
-            self.answer = answer
+class Chooser:
+    """Chooses the depth of every round, and keeps what it was asked and what came of it."""
 
-        @hookimpl
-        def mtp_choose_depth(self, request: DraftRequest) -> int | None:
-            return self.answer
+    def __init__(self, answer: int | None) -> None:
+        self.answer = answer
+        self.requests: list[DraftRequest] = []
+        self.drafted: list[int] = []
 
-    ask = registry.plugin_manager().hook.mtp_choose_depth
-    request = DraftRequest(np.array([1], np.int32), n_max=3)
-    assert ask(request=request) is None, "the built-in policy decides"
-    register(Plugin(2), "first")
-    register(Plugin(None), "has no opinion")
-    assert ask(request=request) == 2
-    register(Plugin(0), "last registered is asked first")
-    assert ask(request=request) == 0
+    @hookimpl
+    def mtp_choose_depth(self, request: DraftRequest) -> int | None:
+        self.requests.append(DraftRequest(np.array(request.tokens), request.n_max))
+        return self.answer
+
+    @hookimpl
+    def mtp_round_finished(self, verdict: Verdict) -> None:
+        self.drafted.append(verdict.n_drafted)
+
+
+@pytest.mark.parametrize(
+    ("answer", "depth"), [(None, 3), (0, 0), (1, 1), (2, 2), (3, 3), (9, 3), (-1, 0)]
+)
+def test_mtp_choose_depth(
+    register: Register, model: ModelFactory, ours: LlamaFactory, answer: int | None, depth: int
+) -> None:
+    """Asked once before each round, with the text so far; the answer is cut to what fits."""
+    chooser = Chooser(answer)
+    register(chooser, "chooser")
+    m = model("hy_v3")
+    prompt = m.text(10)
+    emitted = text(ours(m), prompt, 60)
+    assert len(chooser.drafted) > 10
+    assert set(chooser.drafted) == {depth}
+    whole = [*prompt, *emitted]
+    lengths = [len(request.tokens) for request in chooser.requests]
+    assert all(r.tokens.tolist() == whole[: len(r.tokens)] for r in chooser.requests)
+    assert lengths[0] == len(prompt) + 1
+    assert lengths == sorted(set(lengths))
+    assert len(chooser.requests) == len(chooser.drafted)
+    assert {request.n_max for request in chooser.requests} == {3}
+
+
+def test_the_plugin_registered_last_chooses_the_depth_first(
+    register: Register, model: ModelFactory, ours: LlamaFactory
+) -> None:
+    """Who has no opinion leaves the choice to the one before; nobody else is asked then."""
+    first, second, silent = Chooser(1), Chooser(2), Chooser(None)
+    for i, plugin in enumerate((first, second, silent)):
+        register(plugin, str(i))
+    m = model("hy_v3")
+    text(ours(m), m.text(10), 60)
+    assert set(silent.drafted) == {2}
+    assert len(silent.requests) == len(second.requests) == len(silent.drafted)
+    assert first.requests == []
 
 
 def test_a_plugin_that_chooses_the_depth_has_the_last_word(
-    register: Callable[[object, str], None], model: ModelFactory, ours: LlamaFactory
+    register: Register, model: ModelFactory, ours: LlamaFactory
 ) -> None:
     """Also where the built-in policy would not draft, as with models this small."""
-    drafted: list[int] = []
-
-    class Plugin:
-        @hookimpl
-        def mtp_choose_depth(self, request: DraftRequest) -> int:
-            return 2
-
-        @hookimpl
-        def mtp_round_finished(self, verdict: Verdict) -> None:
-            drafted.append(verdict.n_drafted)
-
-    register(Plugin(), "two")
+    chooser = Chooser(2)
+    register(chooser, "two")
     m = model("hy_v3")
     text(ours(m, spec_adaptive=True), m.text(10), 400)
-    assert len(drafted) > 100
-    assert set(drafted) == {2}
+    assert len(chooser.drafted) > 100
+    assert set(chooser.drafted) == {2}
 
 
-def test_mtp_round_finished(register: Callable[[object, str], None]) -> None:
+def test_mtp_round_finished(register: Register, model: ModelFactory, ours: LlamaFactory) -> None:
+    """Once for each round, with what the statistics book."""
     seen: list[Verdict] = []
 
     class Plugin:
@@ -190,22 +236,77 @@ def test_mtp_round_finished(register: Callable[[object, str], None]) -> None:
             seen.append(verdict)
 
     register(Plugin(), "observer")
-    verdict = Verdict(n_drafted=3, n_accepted=2, n_emitted=3, target_ns=10, draft_ns=5)
-    registry.plugin_manager().hook.mtp_round_finished(verdict=verdict)
-    assert seen == [verdict]
+    m = model("hy_v3")
+    llm = ours(m)
+    prompt = m.text(10)
+    emitted = text(llm, prompt, 200)
+    rounds = models.expected_acceptance(m, prompt, emitted, 3).rounds
+    assert [(v.n_drafted, v.n_emitted, v.n_accepted) for v in seen] == rounds
+    assert {v.n_accepted for v in seen} == {0, 1, 2, 3}
+    assert all(v.target_ns > 0 and v.draft_ns > 0 for v in seen)
 
 
-def test_mtp_session_closed(register: Callable[[object, str], None]) -> None:
-    seen: list[str] = []
+@pytest.mark.parametrize("how", ["close", "with", "del"])
+def test_mtp_session_closed(register: Register, model: ModelFactory, how: str) -> None:
+    """Once, with the settings that it was opened with, however the object ends."""
+    seen: list[tuple[str, SpecSettings]] = []
 
     class Plugin:
         @hookimpl
+        def mtp_session_opened(self, settings: SpecSettings) -> None:
+            seen.append(("opened", settings))
+
+        @hookimpl
         def mtp_session_closed(self, settings: SpecSettings) -> None:
-            seen.append(settings.spec_type)
+            seen.append(("closed", settings))
 
     register(Plugin(), "observer")
-    registry.plugin_manager().hook.mtp_session_closed(settings=SETTINGS)
-    assert seen == ["draft-mtp"]
+    m = model("hy_v3")
+    llm = Llama(str(m.path), spec_type="draft-mtp", **COMMON)
+    if how == "with":
+        with llm:
+            text(llm, m.text(10), 20)
+    else:
+        text(llm, m.text(10), 20)
+        assert [what for what, _ in seen] == ["opened"]
+    if how == "close":
+        llm.close()
+        llm.close()
+    del llm
+    gc.collect()
+    assert [what for what, _ in seen] == ["opened", "closed"]
+    assert seen[0][1] is seen[1][1]
+
+
+@pytest.mark.parametrize("hook", ["mtp_session_opened", "mtp_round_finished", "mtp_session_closed"])
+def test_an_observer_that_raises_is_reported_once_and_costs_no_token(
+    register: Register,
+    model: ModelFactory,
+    stock: StockFactory,
+    caplog: pytest.LogCaptureFixture,
+    hook: str,
+) -> None:
+    n_calls = 0
+
+    def observe() -> None:
+        nonlocal n_calls
+        n_calls += 1
+        raise RuntimeError("boom")
+
+    register(type("Loud", (), {hook: staticmethod(hookimpl(observe))}), "loud")
+    m = model("hy_v3")
+    prompt = m.text(10)
+    truth = fresh_text(stock(m), prompt, 60)
+    with caplog.at_level(logging.WARNING, "llama_mtp"):
+        llm = Llama(str(m.path), spec_type="draft-mtp", spec_adaptive=False, **COMMON)
+        assert text(llm, prompt, 60) == truth
+        rounds = llm.spec_stats.num_rounds
+        assert llm.spec_stats.num_accepted_tokens > 0
+        llm.close()
+    assert n_calls == (rounds if hook == "mtp_round_finished" else 1)
+    (record,) = caplog.records
+    assert hook in record.getMessage()
+    assert record.exc_info and "boom" in str(record.exc_info[1])
 
 
 @pytest.mark.parametrize(
@@ -249,7 +350,7 @@ def test_unknown_type_names_close_matches() -> None:
     ],
 )
 def test_unusable_offer_is_reported_and_skipped(
-    register: Callable[[object, str], None], offer: object, reason: str
+    register: Register, offer: object, reason: str
 ) -> None:
     register(offering(spec_type("fine"), offer), "bad")
     register(offering(spec_type("other")), "good")
@@ -258,7 +359,7 @@ def test_unusable_offer_is_reported_and_skipped(
 
 
 def test_offer_that_raises_does_not_hide_the_others(
-    register: Callable[[object, str], None], caplog: pytest.LogCaptureFixture
+    register: Register, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Plugin:
         @hookimpl
@@ -327,7 +428,7 @@ def test_two_plugins_of_one_name(entry_points: Callable[..., None]) -> None:
 
 
 def test_check_pending_sees_plugins_registered_by_hand(
-    register: Callable[[object, str], None],
+    register: Register,
 ) -> None:
     register(SimpleNamespace(mtp_round_finishd=hookimpl(lambda verdict: None)), "typo")
     with pytest.raises(pluggy.PluginValidationError, match="mtp_round_finishd"):

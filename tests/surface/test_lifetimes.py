@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import random
 import signal
 import sys
@@ -16,13 +15,12 @@ import llama_cpp
 import models
 import pytest
 from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
+from sampling import SAMPLED
 
 from llama_mtp import BusyError, ClosedError, Llama
 from llama_mtp import llama as llama_module
 from llama_mtp.engine import session as session_module
 from llama_mtp.measure.identity import fresh_text, text
-
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
 
 def processor(function: Callable[[Any, Any], Any]) -> Any:
@@ -258,65 +256,6 @@ def test_close_from_another_thread(model: ModelFactory, arch: str) -> None:
         fast.close()
         thread.join()
         assert ended == [ClosedError]
-
-
-KINDS = ("llama", "session", "context", "model", "draft", "stream", "completion")
-
-
-@pytest.mark.parametrize("arch", models.ARCHITECTURES)
-def test_collected_in_any_order(model: ModelFactory, arch: str) -> None:
-    m = model(arch)
-    orders = list(itertools.permutations(KINDS))
-    for order in random.Random(3).sample(orders, 12):
-        fast = Llama(str(m.path), spec_type="mtp", spec_adaptive=False, **COMMON)
-        held: dict[str, Any] = {
-            "llama": fast,
-            "session": fast._session,
-            "context": fast._ctx,
-            "model": fast._model,
-            "draft": fast._session._draft,
-            "stream": fast.generate(m.text(10), **SAMPLED),
-            "completion": fast.create_completion("hello", max_tokens=20, stream=True),
-        }
-        list(islice(held["stream"], 3))
-        next(held["completion"])
-        del fast
-        for kind in order:
-            held.pop(kind)
-            gc.collect()
-
-
-@pytest.mark.parametrize("arch", models.ARCHITECTURES)
-def test_collected_as_one_cycle(model: ModelFactory, arch: str) -> None:
-    """The collector's own order, with the parts in any order in the cycle."""
-    m = model(arch)
-    for seed in range(6):
-        fast = Llama(str(m.path), spec_type="mtp", spec_adaptive=False, **COMMON)
-        stream = fast.generate(m.text(10), **SAMPLED)
-        list(islice(stream, 3))
-        parts = [fast, fast._session, fast._ctx, fast._model, fast._session._draft, stream]
-        random.Random(seed).shuffle(parts)
-        cycle: list[Any] = [*parts]
-        cycle.append(cycle)
-        fast._self = fast
-        del fast, stream, parts, cycle
-        gc.collect()
-
-
-def test_parts_that_outlive_the_object(model: ModelFactory) -> None:
-    """Freed under them: an exception, not a crash."""
-    m = model("qwen35")
-    fast = Llama(str(m.path), spec_type="mtp", **COMMON)
-    session, context = fast._session, fast._ctx
-    list(islice(fast.generate(m.text(10), **SAMPLED), 3))
-    fast.close()
-    del fast
-    gc.collect()
-    assert session.closed
-    with pytest.raises(ClosedError):
-        session.settle()
-    session.close()
-    context.close()
 
 
 # ---- interruption

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -13,13 +14,12 @@ import models
 import numpy as np
 import pytest
 from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
+from sampling import GREEDY, SAMPLED
 
 from llama_mtp import Llama, SpecTypeError
 from llama_mtp.host import DRAFT_UBATCH
 from llama_mtp.measure.identity import check_identity, clear, fresh_text, text
 
-GREEDY: dict[str, Any] = {"temp": 0.0}
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 F16, Q8_0, BF16 = 1, 8, 30  # enum ggml_type
 YARN = 2  # enum llama_rope_scaling_type
 
@@ -126,6 +126,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 FOLLOWED = (
     "n_batch",
+    "type_k",
+    "type_v",
     "n_threads",
     "n_threads_batch",
     "offload_kqv",
@@ -140,16 +142,20 @@ FOLLOWED = (
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_reach_both_contexts(
-    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, arch: str, name: str
+    model: ModelFactory,
+    stock: StockFactory,
+    ours: LlamaFactory,
+    contexts: list[SimpleNamespace],
+    arch: str,
+    name: str,
 ) -> None:
     m = model(arch, state_scale=0.6)
     parameters = PARAMETERS[name]
     plain, fast = stock(m, **parameters), ours(m, **parameters)
-    draft = fast._session._draft.params
+    draft = contexts[-1].params
     for field in FOLLOWED:
         assert getattr(draft, field) == getattr(plain.context_params, field), field
     assert draft.n_ubatch == min(plain.context_params.n_ubatch, DRAFT_UBATCH)
-    assert (draft.type_k, draft.type_v) == (F16, F16)  # its own; spec_draft_type_k names another
     prompt = m.text(30)
     for sampling in (GREEDY, SAMPLED):
         # 90 tokens go beyond the sliding window.
@@ -160,12 +166,16 @@ def test_parameters_reach_both_contexts(
 
 @pytest.mark.parametrize("types", [(F16, F16), (Q8_0, Q8_0), (BF16, F16)])
 def test_the_draft_cache_has_types_of_its_own(
-    model: ModelFactory, stock: StockFactory, ours: LlamaFactory, types: tuple[int, int]
+    model: ModelFactory,
+    stock: StockFactory,
+    ours: LlamaFactory,
+    contexts: list[SimpleNamespace],
+    types: tuple[int, int],
 ) -> None:
     m = model("hy_v3", state_scale=1.0)
     own = {"spec_draft_type_k": types[0], "spec_draft_type_v": types[1]}
     plain, fast = stock(m, flash_attn=True), ours(m, flash_attn=True, **own)
-    draft = fast._session._draft.params
+    draft = contexts[-1].params
     assert (draft.type_k, draft.type_v) == types
     prompt = m.text(30)
     assert text(fast, prompt, 60, **SAMPLED) == fresh_text(plain, prompt, 60, **SAMPLED)

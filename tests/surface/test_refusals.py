@@ -23,7 +23,6 @@ import llama_mtp
 from llama_mtp.errors import SpecTypeError
 from llama_mtp.heads.architectures import ARCHITECTURES, NOT_EXECUTABLE
 from llama_mtp.heads.check import check_head
-from llama_mtp.settings import read_options
 
 PROMPT = [300, 301, 302]
 N_TOKENS = 40
@@ -48,11 +47,14 @@ def test_every_architecture_without_a_graph_has_a_constructed_model() -> None:
 
 
 @pytest.mark.parametrize("arch", NOT_EXECUTABLE)
-def test_insisting_is_refused_before_anything_is_loaded(tmp_path: Path, arch: str) -> None:
+def test_insisting_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str
+) -> None:
     path = header_only(tmp_path, arch)
-    for options in ({}, {"spec_allow_untested": True}):
+    for allow_untested in "01":
+        monkeypatch.setenv("LLAMA_MTP_ALLOW_UNTESTED", allow_untested)
         with pytest.raises(SpecTypeError) as caught:
-            llama_mtp.Llama(str(path), spec_type="draft-mtp", **COMMON, **options)
+            llama_mtp.Llama(str(path), spec_type="draft-mtp", **COMMON)
         assert NOT_EXECUTABLE[arch] in str(caught.value)
         assert 'Use spec_type="none"' in str(caught.value)
 
@@ -110,18 +112,18 @@ def test_an_architecture_that_was_never_run_is_refused_and_told_how_to_try(tmp_p
     report = check_head(path)
     assert report.untested and not report.executable
     assert "no release of llama-mtp has run the architecture novel" in report.reason
-    assert "spec_allow_untested=True" in report.remedy
-    with pytest.raises(SpecTypeError, match="spec_allow_untested=True"):
+    assert "LLAMA_MTP_ALLOW_UNTESTED=1" in report.remedy
+    with pytest.raises(SpecTypeError, match="LLAMA_MTP_ALLOW_UNTESTED=1"):
         llama_mtp.Llama(str(path), spec_type="draft-mtp", **COMMON)
 
 
-def test_an_architecture_that_was_never_run_passes_with_the_flag(tmp_path: Path) -> None:
+def test_an_architecture_that_was_never_run_passes_where_it_is_allowed(tmp_path: Path) -> None:
     report = check_head(header_only(tmp_path, "novel"), allow_untested=True)
     assert report.untested and report.executable
 
 
 @pytest.mark.parametrize("dropped", raw.HEAD)
-def test_the_flag_does_not_replace_the_head(tmp_path: Path, dropped: str) -> None:
+def test_to_allow_an_architecture_does_not_replace_its_head(tmp_path: Path, dropped: str) -> None:
     file = raw.model("novel")
     file.tensors = [t for t in file.tensors if t.name != f"blk.2.{dropped}".encode()]
     path = raw.write(tmp_path / "m.gguf", file.pieces())
@@ -130,25 +132,8 @@ def test_the_flag_does_not_replace_the_head(tmp_path: Path, dropped: str) -> Non
     assert report.missing == (f"blk.2.{dropped}",)
 
 
-def test_keyword_beats_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    def allowed(keyword: bool | None) -> bool:
-        arguments: tuple[Any, ...] = (None,) * 6
-        return read_options(*arguments, adaptive=True, allow_untested=keyword).allow_untested
-
-    assert not allowed(None)
-    monkeypatch.setenv("LLAMA_MTP_ALLOW_UNTESTED", "1")
-    assert allowed(None)
-    assert not allowed(False)
-    monkeypatch.setenv("LLAMA_MTP_ALLOW_UNTESTED", "0")
-    assert not allowed(None)
-    assert allowed(True)
-    monkeypatch.setenv("LLAMA_MTP_ALLOW_UNTESTED", "perhaps")
-    with pytest.raises(SpecTypeError, match="LLAMA_MTP_ALLOW_UNTESTED"):
-        allowed(None)
-
-
 @pytest.mark.parametrize("arch", ["hy_v3", "mimo2"])
-def test_the_flag_drafts_rightly_with_both_kinds_of_graph(
+def test_an_architecture_that_is_allowed_drafts_rightly_with_both_kinds_of_graph(
     model: ModelFactory,
     stock: StockFactory,
     ours: LlamaFactory,
@@ -159,11 +144,12 @@ def test_the_flag_drafts_rightly_with_both_kinds_of_graph(
     built = model(arch, head="hidden", state_scale=0.0)
     expected = tokens(stock(built))
     monkeypatch.delitem(ARCHITECTURES, arch)
-    llama = ours(built, spec_allow_untested=True)
+    with pytest.raises(SpecTypeError, match="LLAMA_MTP_ALLOW_UNTESTED=1"):
+        ours(built)
+    monkeypatch.setenv("LLAMA_MTP_ALLOW_UNTESTED", "1")
+    llama = ours(built)
     assert tokens(llama) == expected
     # A head that reads only the hidden row is right only as long as it is given the right one.
     rounds = expected_acceptance(built, PROMPT, expected, 3)
     assert rounds.accepted > 0
     assert llama.spec_stats.num_accepted_tokens == rounds.accepted
-    with pytest.raises(SpecTypeError, match="spec_allow_untested=True"):
-        ours(built)

@@ -13,120 +13,24 @@ from typing import Any
 import llama_cpp
 import models
 import numpy as np
-import numpy.typing as npt
 import pytest
 from conftest import LlamaFactory, ModelFactory, StockFactory
+from sampling import (
+    GRAMMARS,
+    GREEDY,
+    PROCESSORS,
+    SAMPLED,
+    SCHEMA,
+    SETTINGS,
+    Ids,
+    Row,
+    by_position,
+    grammar,
+    no_repeats,
+    processors,
+)
 
 from llama_mtp.measure.identity import check_identity, clear, fresh_text, text
-
-Ids = npt.NDArray[np.intc]
-Row = npt.NDArray[np.float32]
-
-# What check_identity can take: everything that is not a Python callback.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "greedy": {"temp": 0.0},
-    "plain-dist": {"temp": -1.0},
-    "temp-0.2": {"temp": 0.2},
-    "temp-0.7": {"temp": 0.7},
-    "temp-1": {"temp": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
-    "temp-1.5": {"temp": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
-    "temp-3": {"temp": 3.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
-    "top-k-1": {"top_k": 1},
-    "top-k-2": {"top_k": 2, "top_p": 1.0, "min_p": 0.0},
-    "top-k-10": {"top_k": 10, "top_p": 1.0, "min_p": 0.0, "temp": 1.3},
-    "top-k-vocabulary": {"top_k": 100_000, "top_p": 1.0, "min_p": 0.0},
-    "top-p-0": {"top_k": 0, "top_p": 0.0, "min_p": 0.0},
-    "top-p-0.5": {"top_k": 0, "top_p": 0.5, "min_p": 0.0},
-    "top-p-0.9": {"top_k": 0, "top_p": 0.9, "min_p": 0.0, "temp": 1.2},
-    "top-p-0.99": {"top_k": 0, "top_p": 0.99, "min_p": 0.0, "temp": 2.0},
-    "min-p-0.02": {"top_k": 0, "top_p": 1.0, "min_p": 0.02, "temp": 1.2},
-    "min-p-0.2": {"top_k": 0, "top_p": 1.0, "min_p": 0.2, "temp": 1.5},
-    "min-p-1": {"top_k": 0, "top_p": 1.0, "min_p": 1.0},
-    "typical-0.2": {"typical_p": 0.2, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
-    "typical-0.8": {"typical_p": 0.8, "temp": 1.1},
-    "typical-0.95": {"typical_p": 0.95, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
-    "repeat-1.1": {"repeat_penalty": 1.1},
-    "repeat-1.5": {"repeat_penalty": 1.5, "temp": 1.0},
-    "repeat-below-1": {"repeat_penalty": 0.8},
-    "greedy-repeat": {"temp": 0.0, "repeat_penalty": 1.5},
-    "frequency": {"frequency_penalty": 0.4},
-    "frequency-negative": {"frequency_penalty": -0.3, "temp": 1.1},
-    "greedy-frequency": {"temp": 0.0, "frequency_penalty": 0.7},
-    "presence": {"presence_penalty": 0.6},
-    "greedy-presence": {"temp": 0.0, "presence_penalty": 1.2},
-    "all-penalties": {
-        "repeat_penalty": 1.2,
-        "frequency_penalty": 0.2,
-        "presence_penalty": 0.3,
-        "temp": 0.9,
-    },
-    "mirostat-1": {"mirostat_mode": 1},
-    "mirostat-1-low": {"mirostat_mode": 1, "mirostat_tau": 1.5, "mirostat_eta": 0.3},
-    "mirostat-1-high": {"mirostat_mode": 1, "mirostat_tau": 8.0, "temp": 1.5},
-    "mirostat-1-penalties": {"mirostat_mode": 1, "repeat_penalty": 1.3},
-    "mirostat-2": {"mirostat_mode": 2},
-    "mirostat-2-low": {"mirostat_mode": 2, "mirostat_tau": 1.5, "mirostat_eta": 0.3},
-    "mirostat-2-high": {"mirostat_mode": 2, "mirostat_tau": 8.0, "temp": 1.5},
-    "mirostat-2-penalties": {"mirostat_mode": 2, "frequency_penalty": 0.3},
-    "mirostat-unknown": {"mirostat_mode": 3},
-    "kitchen-sink": {
-        "top_k": 50,
-        "top_p": 0.97,
-        "min_p": 0.01,
-        "typical_p": 0.97,
-        "temp": 1.3,
-        "repeat_penalty": 1.1,
-        "presence_penalty": 0.1,
-    },
-    "legacy-arguments": {"tfs_z": 0.9, "penalize_nl": False, "temp": 0.9},
-}
-
-GRAMMARS: dict[str, str] = {
-    "letters": 'root ::= ([a-m] | " ")+',
-    "alternating": "root ::= ([aeiou] [^aeiou])+",
-    "sentences": 'root ::= (word " ")+\nword ::= [a-z] [a-z]? [a-z]?',
-    "bytes": 'root ::= ("é" | "ß" | [a-f])+',
-}
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 12},
-        "count": {"type": "integer"},
-        "kind": {"enum": ["yes", "no", "maybe"]},
-        "list": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
-    },
-    "required": ["name", "count", "kind", "list"],
-}
-SAMPLED: dict[str, Any] = {"temp": 1.0, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
-
-
-def grammar(source: str) -> Any:
-    return llama_cpp.LlamaGrammar.from_string(source, verbose=False)
-
-
-def processors(*functions: Callable[[Ids, Row], Row]) -> Any:
-    return llama_cpp.LogitsProcessorList(functions)
-
-
-def no_repeats(ids: Ids, row: Row) -> Row:
-    """Forbid the latest six tokens, in a new array."""
-    row = row.copy()
-    row[ids[-6:]] = -np.inf
-    return row
-
-
-def by_position(ids: Ids, row: Row) -> Row:
-    """Prefer words by the length and the sum of the text, in place."""
-    row[models.FIRST_WORD + (len(ids) + int(ids.sum())) % models.N_WORDS] += 4.0
-    return row
-
-
-PROCESSORS: dict[str, tuple[Callable[[Ids, Row], Row], ...]] = {
-    "one": (no_repeats,),
-    "two": (by_position, no_repeats),
-    "in-place": (by_position,),
-}
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -167,7 +71,7 @@ def test_grammar(
 ) -> None:
     m = model(arch, state_scale=0.6)
     plain, fast = stock(m), ours(m)
-    for sampling in ({"temp": 0.0}, SAMPLED, {"mirostat_mode": 2}):
+    for sampling in (GREEDY, SAMPLED, {"mirostat_mode": 2}):
         report = check_identity(
             plain, fast, m.text(8), 40, 5, grammar=grammar(GRAMMARS[name]), **sampling
         )
@@ -248,7 +152,7 @@ def assert_same_rows(got: Sequence[Row], expected: Sequence[Row]) -> None:
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
 @pytest.mark.parametrize("name", PROCESSORS)
-@pytest.mark.parametrize("sampling", [{"temp": 0.0}, SAMPLED, {"mirostat_mode": 1}], ids=str)
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, {"mirostat_mode": 1}], ids=str)
 def test_logits_processor(
     model: ModelFactory,
     stock: StockFactory,
@@ -292,7 +196,7 @@ def test_processors_see_no_row_before_its_token_is_asked_for(
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
-@pytest.mark.parametrize("sampling", [{"temp": 0.0}, SAMPLED], ids=str)
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=str)
 def test_stopping_criteria(
     model: ModelFactory,
     stock: StockFactory,

@@ -1,81 +1,122 @@
 #include "head.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 namespace mtp {
 
 namespace {
 
-constexpr int     n_top   = 10;  // as llama.cpp: p is a softmax over the ten best, not over the vocabulary
-constexpr int32_t n_block = 64;  // logits that are looked at together
-
-// Whether any of the logits is above the bar; written so that a compiler makes it vector code.
-bool any_above(const float * x, int32_t n, float bar) {
-    int32_t found = 0;
-    for (int32_t i = 0; i < n; ++i) {
-        found |= x[i] > bar ? 1 : 0;
+std::unique_ptr<steps> steps_of(const mtp_session_params & p) {
+    switch (p.drafting) {
+        case MTP_DRAFTING_CHAINED: return std::make_unique<chained_heads>(std::max(1, std::min(p.n_heads, p.n_draft_max)));
+        case MTP_DRAFTING_SHARED_KV: return std::make_unique<shared_kv>();
+        default: return std::make_unique<one_head>();
     }
-    return found != 0;
 }
 
 }  // namespace
 
-drafter::drafter(const host_api & api, const mtp_session_params & params)
-    : api_(api), params_(params), memory_(api.get_memory(params.draft)), queue_(params.n_batch + window(), params.n_embd),
-      batch_(params.n_batch, params.n_embd), vocabulary_(params), hidden_(params.n_embd), chain_(nullptr, api.sampler_free),
-      pick_(&drafter::pick_host), add_step_(&drafter::grow), n_heads_(1) {
+// --- the three ways to go on -------------------------------------------------------------------------------------------
+
+bool one_head::add(head & h, int32_t token, int32_t pos, int32_t i) const {
+    h.batch_.clear();
+    h.push(token, pos + i, true, h.hidden_.data());
+    return true;
+}
+
+bool shared_kv::add(head & h, int32_t token, int32_t pos, int32_t) const {
+    h.batch_.clear();
+    h.push(token, pos, true, h.hidden_.data());
+    return true;
+}
+
+void chained_heads::first(head & h) const {
+    h.api_.set_nextn_layer_offset(h.params_.draft, 0);
+}
+
+bool chained_heads::add(head & h, int32_t token, int32_t pos, int32_t i) const {
+    if (!h.rewind(h.base_)) {
+        return false;
+    }
+    h.api_.set_nextn_layer_offset(h.params_.draft, i);
+    h.batch_.set_output(h.batch_.size() - 1, h.params_.all_outputs != 0);
+    h.push(token, pos + i, true, h.hidden_.data());
+    return true;
+}
+
+// The heads that n_steps did not reach read the first n_true rows of the batch.
+bool chained_heads::finish(head & h, int32_t n_steps, int32_t n_true) const {
+    if (n_steps >= n_) {
+        return true;
+    }
+    h.batch_.shrink(n_true);
+    h.batch_.set_output(n_true - 1, h.params_.all_outputs != 0);
+    for (int32_t i = n_steps; i < n_; ++i) {
+        if (!h.rewind(h.base_)) {
+            return false;
+        }
+        h.api_.set_nextn_layer_offset(h.params_.draft, i);
+        if (!h.decode()) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// --- what all of them share --------------------------------------------------------------------------------------------
+
+head::head(const host_api & api, const mtp_session_params & params)
+    : api_(api), params_(params), memory_(api.get_memory(params.draft)), steps_(steps_of(params)), pick_(api, params_),
+      queue_(params.n_batch + window(), params.n_embd), batch_(params.n_batch, params.n_embd), vocabulary_(params),
+      hidden_(params.n_embd) {
     if (memory_ == nullptr) {
         throw failure(MTP_HOST, "the draft context has no memory");
     }
-    if (chained()) {
-        add_step_ = &drafter::chain;
-        n_heads_  = std::max(1, std::min(params.n_heads, params.n_draft_max));
-    } else if (shares_kv()) {
-        add_step_ = &drafter::stay;
-    }
     api_.set_embeddings_nextn(params_.draft, true, params_.gathers != 0 || params_.all_outputs != 0);
-    if (params_.confidence == 0 && params_.all_outputs == 0) {  // a device chain takes one output at a time
-        chain_.reset(api_.chain_init(api_.chain_default_params()));
-        void * greedy = chain_ ? api_.init_greedy() : nullptr;
-        if (greedy != nullptr) {
-            api_.chain_add(chain_.get(), greedy);
-            if (api_.set_sampler(params_.draft, 0, chain_.get())) {
-                pick_ = &drafter::pick_device;
-            }
+    pick_.attach();
+}
+
+// Most waiting rows that are read; 0: all. What rounds leave behind is no prompt, and has to fit.
+int32_t head::window() const {
+    const bool none = !steps_->owns_memory() || params_.prefill_window == 0;
+    return none ? 0 : std::max(params_.prefill_window, params_.n_draft_max + 1);
+}
+
+void head::begin(const int32_t * tokens, int32_t n) {
+    failures_ = 0;
+    if (!alive()) {
+        error_.clear();
+        restart(n);
+        return;
+    }
+    const int32_t start = queue_.start();
+    if (start < n) {
+        const int32_t same = start + queue_.common(tokens + start, n - start, start);
+        if (same < n) {  // what the queue holds beyond n may be evaluated again
+            queue_.cut(same);
         }
     }
 }
 
-void drafter::detach() {
-    if (chain_) {
-        api_.set_sampler(params_.draft, 0, nullptr);
-    }
-}
-
-void drafter::restart(int32_t pos) {
-    if (!shares_kv()) {
+void head::restart(int32_t end) {
+    if (steps_->owns_memory()) {
         api_.memory_clear(memory_, false);
     }
-    queue_.restart(pos);
-    memory_end_ = pos;
+    queue_.restart(end);
+    memory_end_ = end;
 }
 
-void drafter::capture(const int32_t * tokens, const float * rows, int32_t n, int32_t pos) {
+void head::process(const int32_t * tokens, const float * rows, int32_t n, int32_t pos) {
     if (!alive()) {
         return;
     }
+    if (rows == nullptr) {
+        restart(pos + n);
+        return;
+    }
     if (pos > queue_.end() || pos < queue_.start()) {
-        if (params_.gaps != 0 && pos > queue_.end()) {
-            // The positions in between belong to an image: the memory may jump, the history may not pretend.
-            catch_up();
-            drop_unverified();  // catch_up has nothing to do when no row waits
-            queue_.restart(pos);
-        } else {
-            ++n_restarts;
-            restart(pos);
-        }
+        restart_at_gap(pos);
     }
     if (queue_.waiting() + n > queue_.capacity()) {
         if (window() > 0) {
@@ -95,48 +136,56 @@ void drafter::capture(const int32_t * tokens, const float * rows, int32_t n, int
     queue_.append(tokens, rows, n, pos);
 }
 
-void drafter::truncate(int32_t pos) {
-    queue_.cut(lacks_row(pos) && pos >= queue_.start() ? pos + 1 : pos);
+void head::restart_at_gap(int32_t pos) {
+    if (params_.gaps != 0 && pos > queue_.end()) {
+        // The positions in between belong to an image: the memory may jump, the history may not pretend.
+        catch_up();
+        drop_unverified();  // catch_up has nothing to do when no row waits
+        queue_.restart(pos);
+    } else {
+        ++n_restarts_;
+        restart(pos);
+    }
+}
+
+void head::truncate(int32_t end) {
+    queue_.cut(needs_token_before(end) && end >= queue_.start() ? end + 1 : end);
+}
+
+const float * head::row(int32_t end) const {
+    return alive() && queue_.end() == end ? queue_.hidden(end) : nullptr;
 }
 
 // Drops all but the last n waiting rows, and the memory, which would have a hole.
-void drafter::keep_waiting(int32_t n) {
+void head::keep_waiting(int32_t n) {
     if (queue_.waiting() <= n) {
         return;
     }
     queue_.skip(queue_.end() - n);
-    if (!shares_kv()) {
+    if (steps_->owns_memory()) {
         api_.memory_clear(memory_, false);
     }
     memory_end_ = queue_.start();
 }
 
 // `most` narrows the window; 0 leaves it.
-void drafter::keep_window(int32_t most) {
+void head::keep_window(int32_t most) {
     if (window() > 0) {
         keep_waiting(most > 0 ? std::min(window(), std::max(most, params_.n_draft_max + 1)) : window());
     }
 }
 
-void drafter::align(const int32_t * tokens, int32_t n) {
-    const int32_t start = queue_.start();
-    if (start >= n) {
-        return;
-    }
-    queue_.cut(start + queue_.common(tokens + start, n - start, start));
-}
-
 // Removes what the memory holds beyond the true rows.
-void drafter::drop_unverified() {
+void head::drop_unverified() {
     if (memory_end_ > queue_.decoded()) {
         rewind(queue_.decoded());
     }
 }
 
 // False: the host refused, and the memory starts anew at the queue's end.
-bool drafter::rewind(int32_t pos) {
-    if (!shares_kv()) {
-        stopwatch watch(rollback_ns);
+bool head::rewind(int32_t pos) {
+    if (steps_->owns_memory()) {
+        stopwatch watch(rollback_ns_);
         if (!api_.memory_seq_rm(memory_, 0, pos, -1)) {
             restart(queue_.end());
             return false;
@@ -146,80 +195,89 @@ bool drafter::rewind(int32_t pos) {
     return true;
 }
 
-size_t drafter::state_size() {
+size_t head::state_size() {
     keep_window();
     drop_unverified();
     return queue_.state_size();
 }
 
-void drafter::state_set(const uint8_t * data) {
+void head::state_get(uint8_t * data, size_t n) const {
+    require(n == queue_.state_size(), "the state has another size by now");
+    queue_.state_get(data);
+}
+
+void head::state_set(const uint8_t * data) {
     queue_.state_set(data);
     memory_end_ = queue_.decoded();
 }
 
-bool drafter::decode() {
-    stopwatch watch(ns);
-    ++n_decodes;
-    if (api_.decode(params_.draft, batch_.view()) != 0) {
+bool head::decode() {
+    stopwatch watch(ns_);
+    ++n_decodes_;
+    memory_end_ += batch_.size();  // also where the host throws: rows may be in
+    if (const int32_t code = api_.decode(params_.draft, batch_.view())) {
+        ++n_failures_;
         ++failures_;
         restart(queue_.end());
+        if (failures_ >= max_failures) {
+            error_ = "the draft context failed " + std::to_string(failures_) + " times, with llama_decode returning " +
+                     std::to_string(code) + "; drafting rests until the next generation";
+        }
         return false;
     }
     api_.synchronize(params_.draft);
-    memory_end_ += batch_.size();
     return true;
 }
 
-void drafter::push(int32_t token, int32_t pos, bool output, const float * hidden) {
+void head::push(int32_t token, int32_t pos, bool output, const float * hidden) {
     batch_.push(vocabulary_.to_draft(token), pos, output, hidden);
 }
 
 // Starts a batch with the rows that wait for positions below end, behind the true rows of the memory.
-void drafter::load_waiting(int32_t end) {
+void head::load_waiting(int32_t end) {
     batch_.clear();
-    if (shares_kv()) {
+    if (!steps_->owns_memory()) {
         queue_.mark_decoded(queue_.end());  // the target's cells are this head's
         memory_end_ = queue_.end();
         return;
     }
     drop_unverified();
-    if (!chained()) {  // a chain adds rows of its own behind them
+    if (!steps_->extends_batch()) {
         batch_.borrow(queue_.hidden(queue_.decoded()));
     }
     for (int32_t p = queue_.decoded(); p < end; ++p) {
         push(queue_.token(p), p, params_.all_outputs != 0, queue_.hidden(p));
     }
     base_ = memory_end_ = queue_.decoded();
-    if (chained()) {
-        api_.set_nextn_layer_offset(params_.draft, 0);
-    }
+    steps_->first(*this);
 }
 
 // The waiting rows alone, without an output: a prompt longer than n_batch, or a long stretch at depth 0.
-void drafter::catch_up() {
+void head::catch_up() {
     keep_window();
     while (queue_.waiting() > 0) {
         const int32_t end = std::min(queue_.end(), queue_.decoded() + params_.n_batch);
         load_waiting(end);
         if (batch_.size() > 0 && decode()) {
-            finish_chain(1, batch_.size());
+            steps_->finish(*this, 1, batch_.size());
         }
         queue_.mark_decoded(std::max(end, queue_.decoded()));  // after a failure nothing waits
     }
 }
 
-picks drafter::draft(int32_t last, int32_t pos, int32_t depth, const mtp_rule & rule) {
+picks head::draft(int32_t last, int32_t pos, int32_t depth, const mtp_rule & rule) {
     picks drafts;
     float chance = 1.0f;  // that all of them are right
-    if (chained()) {
-        depth = std::min(depth, n_heads_);
-    }
+    depth        = std::min(depth, steps_->max_depth());
     if (!alive() || depth <= 0 || pos != queue_.end()) {
         return drafts;
     }
     keep_window(rule.window);
-    if (queue_.waiting() + n_heads_ > params_.n_batch) {
+    if (queue_.waiting() + steps_->n_heads() > params_.n_batch) {
         catch_up();
+        if (!alive()) {
+            return drafts;
+        }
     }
 
     // Catch-up and first step in one decode; only its last row is an output.
@@ -229,12 +287,11 @@ picks drafter::draft(int32_t last, int32_t pos, int32_t depth, const mtp_rule & 
     if (!decode()) {
         return drafts;
     }
-    queue_.push_decoded(last);
 
     int32_t n_steps = 1;
     for (;; ++n_steps) {
         const int32_t row  = batch_.size() - 1;
-        const pick    next = (this->*pick_)(row);
+        const pick    next = read_pick(row);
         if (next.token < 0 || next.token >= vocabulary_.n_draft() || next.p < rule.p_min) {
             break;
         }
@@ -245,107 +302,38 @@ picks drafter::draft(int32_t last, int32_t pos, int32_t depth, const mtp_rule & 
         if (n_steps == depth || chance < rule.go[n_steps] || !read_hidden(row)) {
             break;
         }
-        if (!(this->*add_step_)(token, pos, n_steps) || !decode()) {
+        if (!steps_->add(*this, token, pos, n_steps) || !decode()) {
             return drafts;
         }
     }
-    finish_chain(n_steps, n_true);
+    if (steps_->finish(*this, n_steps, n_true)) {
+        queue_.push_decoded(last);  // only now: what a round that fails has written is removed before the next decode
+    }
     return drafts;
 }
 
-bool drafter::grow(int32_t token, int32_t pos, int32_t i) {
-    batch_.clear();
-    push(token, pos + i, true, hidden_.data());
-    return true;
-}
-
-bool drafter::stay(int32_t token, int32_t pos, int32_t) {
-    batch_.clear();
-    push(token, pos, true, hidden_.data());
-    return true;
-}
-
-bool drafter::chain(int32_t token, int32_t pos, int32_t i) {
-    if (!rewind(base_)) {
-        return false;
-    }
-    api_.set_nextn_layer_offset(params_.draft, i);
-    batch_.set_output(batch_.size() - 1, params_.all_outputs != 0);
-    push(token, pos + i, true, hidden_.data());
-    return true;
-}
-
-// The heads that n_steps did not reach read the first n_true rows of the batch.
-void drafter::finish_chain(int32_t n_steps, int32_t n_true) {
-    if (n_steps >= n_heads_) {
-        return;
-    }
-    batch_.shrink(n_true);
-    batch_.set_output(n_true - 1, params_.all_outputs != 0);
-    for (int32_t head = n_steps; head < n_heads_; ++head) {
-        if (!rewind(base_)) {
-            return;
-        }
-        api_.set_nextn_layer_offset(params_.draft, head);
-        if (!decode()) {
-            return;
-        }
-    }
+pick head::read_pick(int32_t row) {
+    stopwatch watch(ns_);
+    return pick_(row, vocabulary_.n_draft());
 }
 
 // The head's own row for the next step, copied out of a buffer that the next decode overwrites.
-bool drafter::read_hidden(int32_t row) {
-    const float * hidden = nullptr;
-    {
-        stopwatch watch(ns);
-        hidden = api_.get_embeddings_nextn_ith(params_.draft, row);
-    }
+bool head::read_hidden(int32_t row) {
+    stopwatch     watch(ns_);
+    const float * hidden = api_.get_embeddings_nextn_ith(params_.draft, row);
     if (hidden != nullptr) {
         std::memcpy(hidden_.data(), hidden, sizeof(float) * params_.n_embd);
     }
     return hidden != nullptr;
 }
 
-drafter::pick drafter::pick_device(int32_t row) {
-    stopwatch watch(ns);
-    return { api_.get_sampled_token_ith(params_.draft, row), 1.0f, 0 };
-}
-
-drafter::pick drafter::pick_host(int32_t row) {
-    stopwatch     watch(ns);
-    const float * logits = api_.get_logits_ith(params_.draft, row);
-    if (logits == nullptr) {
-        return { -1, 0.0f, 0 };
-    }
-    // The ten best by insertion. Most blocks hold none of them and take one look.
-    float   best[n_top];
-    int32_t best_token = -1;
-    int     n          = 0;
-    for (int32_t start = 0; start < vocabulary_.n_draft(); start += n_block) {
-        const int32_t end = std::min(start + n_block, vocabulary_.n_draft());
-        if (n == n_top && !any_above(logits + start, end - start, best[n_top - 1])) {
-            continue;
-        }
-        for (int32_t i = start; i < end; ++i) {
-            const float x = logits[i];
-            if (n == n_top && !(x > best[n_top - 1])) {
-                continue;
-            }
-            int k = n < n_top ? n++ : n_top - 1;
-            for (; k > 0 && x > best[k - 1]; --k) {
-                best[k] = best[k - 1];
-            }
-            best[k] = x;
-            if (k == 0) {
-                best_token = i;
-            }
-        }
-    }
-    float sum = 0.0f;
-    for (int k = 0; k < n; ++k) {
-        sum += std::exp(best[k] - best[0]);
-    }
-    return { best_token, 1.0f / sum, class_of(1.0f / sum) };
+void head::count(mtp_counters & out) const {
+    out.n_draft_decodes  = n_decodes_;
+    out.n_draft_restarts = n_restarts_;
+    out.n_draft_failures = n_failures_;
+    out.draft_ns         = ns_;
+    out.rollback_ns += rollback_ns_;
+    out.n_row_bytes = queue_.n_bytes();
 }
 
 }  // namespace mtp

@@ -1,4 +1,4 @@
-"""What the commands ``inspect`` and ``doctor`` print."""
+"""The console, and what the commands ``inspect`` and ``doctor`` print."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ..measure.doctor import Finding
     from ..measure.inspect import Inspection, Quantisation
     from ..measure.trial import Judgement, Trial
+
+console = Console()
 
 _ROLLBACK = {
     "attention": "the KV cache is cut",
@@ -42,7 +44,7 @@ def show_header(console: Console, found: Inspection) -> None:
         "head's memory": _memory(found) if found.n_heads else "",
         "a draft step": _reads(found),
     }
-    _grid(console, {name: text for name, text in rows.items() if text})
+    print_grid(console, {name: text for name, text in rows.items() if text})
 
 
 def show_verdict(console: Console, found: Inspection) -> None:
@@ -56,7 +58,7 @@ def show_verdict(console: Console, found: Inspection) -> None:
         rows["asked"] = "nobody: by the header alone, and what is known of the architecture"
     if rows:
         console.print()
-        _grid(console, rows)
+        print_grid(console, rows)
     if found.forecast is not None:
         _show_forecast(console, found)
     if found.cheaper_command:
@@ -100,10 +102,10 @@ def show_trial(console: Console, trial: Trial, head_weights: int) -> None:
         f"ratio {trial.ratio:.2f}",
         "depth": trial.reckoning,
         "memory": f"{_mib(head_weights, sign=True)} of head, "
-        f"{_mib(trial.added_memory, sign=True)} of buffers, which by part are "
-        + ", ".join(f"{part} {_mib(size)}" for part, size in trial.memory.items() if size),
+        f"{_mib(trial.added_memory, sign=True)} of buffers against stock",
+        "buffers": ", ".join(f"{part} {_mib(size)}" for part, size in trial.memory.items() if size),
     }
-    _grid(console, rows)
+    print_grid(console, rows)
     for parting in trial.partings:
         if "ILLEGAL" in parting:
             console.print(f"  {parting}", markup=False, highlight=False, soft_wrap=True)
@@ -131,7 +133,8 @@ def _show_forecast(console: Console, found: Inspection) -> None:
     console.print(table)
 
 
-def _grid(console: Console, rows: Mapping[str, str]) -> None:
+def print_grid(console: Console, rows: Mapping[str, str]) -> None:
+    """Print names and what stands for them, line by line."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 CLASSES = 8  # of confidence; the engine's MTP_CLASSES
+BOUNDS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96)  # a class each from one to the next
 _CENTRES = (0.1, 0.27, 0.42, 0.57, 0.72, 0.85, 0.93, 0.98)  # of the classes' probabilities
 
 _KEEP = 0.98  # forgetting per verdict

@@ -36,7 +36,7 @@ class Rule:
         go: float32 ``[depth]``.
         price: float32 ``[depth + 1]``, in tokens; infinite where so many are never verified.
         window: most rows that a draft which has been away reads of the text; 0: as many as
-            ``spec_prefill_window``.
+            ``LLAMA_MTP_PREFILL_WINDOW``.
     """
 
     depth: int

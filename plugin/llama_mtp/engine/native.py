@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -46,19 +48,19 @@ def check(status: int, handle: Any) -> None:
     raise _EXCEPTIONS[status](ffi.string(lib.mtp_session_error(handle)).decode())
 
 
-def api_names() -> list[str]:
-    """Names of the host functions that the engine calls, read off its own struct."""
-    return [name for name, _ in ffi.typeof("struct mtp_host_api").fields]
+def function_names() -> list[str]:
+    """Names of the host functions that the engine calls, in the order in which it takes them."""
+    names = iter(lib.mtp_host_function(i) for i in itertools.count())
+    return [ffi.string(name).decode() for name in itertools.takewhile(bool, names)]
 
 
-def _api(addresses: dict[str, int]) -> Any:
-    return ffi.new(
-        "struct mtp_host_api *", {n: ffi.cast("void *", a) for n, a in addresses.items()}
-    )
+def _pointers(addresses: Mapping[str, int]) -> Any:
+    ordered = (addresses[name] for name in function_names())
+    return ffi.new("void *[]", [ffi.cast("void *", address) for address in ordered])
 
 
 def compare_vocabularies(
-    addresses: dict[str, int],
+    addresses: Mapping[str, int],
     layout: dict[str, int],
     a: int,
     b: int,
@@ -70,7 +72,8 @@ def compare_vocabularies(
     """
     text = ffi.new("char[256]")
     status = lib.mtp_compare_vocabularies(
-        _api(addresses),
+        _pointers(addresses),
+        len(addresses),
         ffi.new("struct mtp_host_layout *", layout),
         ffi.cast("void *", a),
         ffi.cast("void *", b),
@@ -82,11 +85,14 @@ def compare_vocabularies(
     return None if status == lib.MTP_OK else ffi.string(text).decode("utf-8", "replace")
 
 
-def open_session(addresses: dict[str, int], layout: dict[str, int], params: dict[str, Any]) -> Any:
+def open_session(
+    addresses: Mapping[str, int], layout: dict[str, int], params: dict[str, Any]
+) -> Any:
     """Open a native session; its owner closes it with ``mtp_session_close``."""
     out, text = ffi.new("mtp_session **"), ffi.new("char[256]")
     status = lib.mtp_session_open(
-        _api(addresses),
+        _pointers(addresses),
+        len(addresses),
         ffi.new("struct mtp_host_layout *", layout),
         ffi.new("struct mtp_session_params *", params),
         out,

@@ -1,17 +1,16 @@
 """One object's speculation: rounds through the native engine, their depth, and what they cost.
 
-The engine owns the truth about both contexts; this module owns its lifetime, asks the policy and
-the hooks once per round, and books the outcome.
+The engine owns the truth about target and draft; this module owns the engine's lifetime, asks the
+policy and the plugins once per round, and books the outcome.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import threading
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,171 +20,86 @@ from .. import host
 from ..depth.policy import DepthPolicy
 from ..depth.rule import Rule, constant
 from ..errors import BusyError, ClosedError
-from ..heads.architectures import Rollback
-from ..heads.narrow_vocabulary import Vocabulary
 from ..hooks import Drafter, DraftRequest, SpecSettings, Verdict
 from ..registry import plugin_manager
-from ..settings import Plan
-from .checkpoints import TAIL, Checkpoints
-from .native import api_names, check, compare_vocabularies, ffi, lib, open_session
+from .contexts import Contexts, int32
+from .generation import Generation
+from .native import check, ffi, lib
+from .setup import Setup
 from .stats import SpecStats
 
 logger = logging.getLogger("llama_mtp")
 
-_ROLLBACK: dict[Rollback, int] = {
-    "attention": lib.MTP_ROLLBACK_ATTENTION,
-    "snapshots": lib.MTP_ROLLBACK_SNAPSHOTS,
-    "checkpoint": lib.MTP_ROLLBACK_CHECKPOINT,
-}
 
+class Session(Contexts):
+    """The rounds of one ``Llama`` object, over its two contexts and its drafter."""
 
-class Entry:
-    """One thread at a time: a second one gets BusyError, the first may come in again."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._closing = False
-
-    def __enter__(self) -> None:
-        if self._closing:
-            raise ClosedError()
-        if not self._lock.acquire(blocking=False):
-            raise BusyError()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    @contextmanager
-    def last(self) -> Iterator[None]:
-        """Let nobody in any more, and come in when the thread that is inside has left."""
-        self._closing = True
-        with self._lock:
-            yield
-
-
-class Session:
-    """Target, draft context and drafter of one ``Llama`` object.
-
-    Positions and counts are tokens. Every method raises ClosedError after :meth:`close` and
-    BusyError when another thread is inside.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        target: Any,
-        draft: Any | None,
-        n_batch: int,
-        n_ubatch: int,
-        vocabulary: Vocabulary | None = None,
-    ) -> None:
-        self._handle: Any = ffi.NULL
-        self.entry = Entry()
-        self._draft = draft
-        model = target.model.model
-        n_vocab = target.model.n_vocab()
-        rollback, head, options = plan.report.rollback, plan.head, plan.options
-        # On a device the pick comes back as 4 bytes; its probability would cost a row of logits.
-        confident = options.adaptive and draft is not None and not host.offloads(target)
-        self._n_embd = int(host.C.llama_model_n_embd_out(model))
-        self._handle = open_session(
-            host.address_table(api_names()),
-            host.batch_layout(),
-            {
-                "target": ffi.cast("void *", target.ctx),
-                "draft": ffi.cast("void *", draft.ctx) if draft is not None else ffi.NULL,
-                "n_vocab": n_vocab,
-                "n_embd": self._n_embd,
-                "n_ctx": target.n_ctx(),
-                "n_batch": n_batch,
-                "n_ubatch": n_ubatch,
-                "n_draft_max": plan.depth,
-                "n_rs_seq": host.C.llama_n_rs_seq(target.ctx),
-                "rollback": _ROLLBACK[rollback],
-                "gathers": int(head.gathers),
-                "gaps": int(head.mrope),
-                "confidence": int(confident or options.p_min > 0.0),
-                "n_draft_min": options.n_min,
-                "drafting": lib.MTP_DRAFTING_SHARED_KV
-                if head.shares_kv
-                else lib.MTP_DRAFTING_CHAINED
-                if head.chained
-                else lib.MTP_DRAFTING_ONE_HEAD,
-                "n_heads": max(1, head.n_heads),
-                "all_outputs": int(head.untested),
-                "prefill_window": min(options.prefill_window, target.n_ctx()),
-                **({} if vocabulary is None else _narrow(vocabulary)),
-            },
-        )
-        self.recurrent = plan.recurrent
-        window = 0 if head.shares_kv else options.prefill_window
-        self._window = max(window, plan.depth, TAIL) + 1 if window else 0
-        self._unread = 0  # positions that the draft context will not read
-        self._keeps_rows = True  # the host, with its next decode
-        self._target = target
-        self.checkpoints = Checkpoints(target, options.checkpoints if self.recurrent else 0)
-        self.stats = SpecStats()
-        self.policy = DepthPolicy(
-            plan.depth,
-            min(options.n_min, plan.depth),
-            adaptive=options.adaptive,
-            confident=confident,
-        )
-        self._native_rule = ffi.new("struct mtp_rule *", {"p_min": options.p_min})
-        self._loaded: Rule | None = None  # into it
+    def __init__(self, target: Any, draft: Any | None, setup: Setup) -> None:
         self._settings = SpecSettings(
-            plan.spec.name, plan.depth, options.n_min, options.p_min, target.n_ctx(), n_vocab
+            setup.spec.name, setup.depth, setup.p_min, target.n_ctx(), target.model.n_vocab()
         )
-        self._drafter: Drafter | None = plan.spec.factory and plan.spec.factory(self._settings)
+        # Before anything is opened: a plugin's factory may raise.
+        self._drafter: Drafter | None = setup.spec.factory and setup.spec.factory(self._settings)
+        # On a device the pick comes back as 4 bytes; its probability would cost a row of logits.
+        confident = setup.adaptive and draft is not None and not host.offloads(target)
+        super().__init__(target, draft, setup, confidence=confident or setup.p_min > 0.0)
+        self.stats = SpecStats()
+        self.policy = DepthPolicy(setup.depth, adaptive=setup.adaptive, confident=confident)
+        self.current: Generation | None = None  # whose text the target holds
         self._hooks = plugin_manager().hook
         self._ask_depth = bool(self._hooks.mtp_choose_depth.get_hookimpls())
         self._observed = bool(self._hooks.mtp_round_finished.get_hookimpls())
-        self._told = False
-        self._observer_failed = False
+        self._told: set[str] = set()  # what the user was told once
+
+        self._rule = ffi.new("struct mtp_rule *", {"p_min": setup.p_min})
+        self._loaded: Rule | None = None  # into it
+        self._drafts = ffi.new("int32_t[]", lib.MTP_MAX_DEPTH)
         self._step = ffi.new("struct mtp_step *")
-        self._counters = ffi.new("struct mtp_counters *")
-        self._before = ffi.new("struct mtp_counters *")
-        self._rows_left = 0
-        self._open_round = False
-        self._proposed = False
-        self._end = self._settings.n_ctx + 1  # positions that the text is to have
-        self._classes: Sequence[int] = ()  # of the picks of a drafter, which has no confidence
-        self._python_ns = 0
+        self._now, self._before = (ffi.new("struct mtp_counters *") for _ in range(2))
+        self._round = _Round()
+        self._recount = True
         # Before its model is freed, whatever order the garbage collector prefers.
         target.model._exit_stack.callback(self.close)
         self._tell(self._hooks.mtp_session_opened, settings=self._settings)
+
+    def close(self) -> None:
+        """Free the native session, then the draft context. Idempotent."""
+        if not self.closed:
+            super().close()
+            self._tell(self._hooks.mtp_session_closed, settings=self._settings)
 
     def _tell(self, hook: Any, **record: Any) -> None:
         """Call an observer. A plugin that raises is reported once and costs nobody a token."""
         try:
             hook(**record)
         except Exception:
-            if not self._observer_failed:
-                self._observer_failed = True
+            if "observer" not in self._told:
+                self._told.add("observer")
                 logger.exception("a plugin failed in %s; generation goes on without it", hook.name)
 
-    # ---- lifetime
+    def _warn_once(self, about: str, text: str, *arguments: Any) -> None:
+        if about not in self._told:
+            self._told.add(about)
+            logger.warning(text, *arguments)
 
-    @property
-    def closed(self) -> bool:
-        return bool(self._handle == ffi.NULL)
+    # ---- a generation
 
-    def close(self) -> None:
-        """Free the native session, then the draft context. Idempotent."""
-        if self.closed:
-            return
-        handle, self._handle = self._handle, ffi.NULL
-        alive = self._draft is not None and self._draft.ctx is not None
-        lib.mtp_session_close(handle, int(alive))
-        if alive and self._draft is not None:
-            self._draft.close()
-        self._tell(self._hooks.mtp_session_closed, settings=self._settings)
+    def begin(self, generation: Generation, context: npt.NDArray[np.intc]) -> None:
+        """Make a generation the current one; the target holds the tokens of ``context``.
 
-    # ---- one token
+        The draft context forgets what says otherwise. A draft that had failed is tried again.
+        """
+        self.book()
+        self.stats.begin(generation.stats)
+        self.policy.begin(generation.sampling)
+        self._step.replays_next = 0
+        check(lib.mtp_begin(self._handle, int32(context), len(context)), self._handle)
+        self._recount = True
+        self.current = generation
 
     def next(
         self,
-        sampler: Any,
+        generation: Generation,
         last: int,
         pos: int,
         context: npt.NDArray[np.intc],
@@ -193,77 +107,68 @@ class Session:
     ) -> int:
         """Return the token after ``last``, which stands at ``pos`` and ends ``context``.
 
-        ``sampler`` is the address (a cffi ``void *``) of the caller's ``llama_sampler`` chain,
-        stepped exactly once. Tokens that the caller ``proposed`` are the drafts of a new round.
+        The generation is the current one. Its chain is stepped exactly once. Tokens that the
+        caller ``proposed`` are the drafts of a new round.
         """
         start = time.perf_counter_ns()
-        step, handle = self._step, self._handle
-        if proposed is not None:
-            self.settle()  # not replayed: the round that follows does that
-        if self._rows_left:
-            native = time.perf_counter_ns()
-            check(lib.mtp_next(handle, sampler, last, pos, ffi.NULL, step), handle)
-        else:
-            self.finish_round()
-            self.checkpoints.cut(pos)
-            self._proposed = proposed is not None
-            rule = self._rule(context)
-            useful = self._end - pos - 2  # the last token that is wanted needs no draft
-            if self._drafter is None and proposed is None:
-                load = self._load(rule, useful)
-                native = time.perf_counter_ns()
-                check(lib.mtp_next(handle, sampler, last, pos, load, step), handle)
-            else:
-                if proposed is None:
-                    tokens, draft_ns = self._ask_drafter(context, min(rule.ask(), useful))
-                    self._classes = (0,) * len(tokens)
-                    n = rule.keep(self._classes)
-                    n = n if n >= self._settings.n_min else 0
-                else:
-                    room = self._room(self._settings.n_max, pos)
-                    tokens, draft_ns = self._usable(proposed, room), 0
-                    n = len(tokens)
-                native = time.perf_counter_ns()
-                check(lib.mtp_verify(handle, last, pos, tokens, n, len(tokens)), handle)
-                self._open_round = True
-                check(lib.mtp_sample(handle, sampler, step), handle)
-                step.draft_ns = draft_ns
-            self._open_round = True
+        handle, step = self._handle, self._step
+        rule = drafts = ffi.NULL
+        n_drafts = draft_ns = 0
+        new_round = proposed is not None or not self._round.rows_left
+        if new_round:
+            self.book()
+            if self._recount:  # what was decoded since the last round belongs to none
+                lib.mtp_session_counters(handle, self._before)
+                self._recount = False
+            rule, drafts, n_drafts, draft_ns = self._plan(generation, context, proposed)
+        native, address = time.perf_counter_ns(), generation.address
+        check(lib.mtp_next(handle, address, last, pos, rule, drafts, n_drafts, step), handle)
         done = time.perf_counter_ns()
-        self._rows_left = step.rows_left
-        self._python_ns += native - start + time.perf_counter_ns() - done
+        this = self._round
+        if new_round:
+            this.open, this.proposed, this.draft_ns = True, proposed is not None, draft_ns
+        this.rows_left = step.rows_left
+        this.python_ns += native - start - draft_ns + time.perf_counter_ns() - done
         return int(step.token)
 
-    @property
-    def depth_bound(self) -> int:
-        """The most drafts that a round was built for."""
-        return self._settings.n_max
+    def finish(self, generation: Generation) -> None:
+        """Book the last round of a generation that ends, or was collected.
 
-    @contextmanager
-    def constant_depth(self, depth: int) -> Iterator[None]:
-        """Draft ``depth`` tokens in every round of the block; the policy sees nothing of it."""
-        constant = DepthPolicy(self._settings.n_max, adaptive=False)
-        constant.depth_max = depth
-        self.finish_round()
-        policy, self.policy = self.policy, constant
-        try:
-            yield
-        finally:
-            if not self.closed:
-                self.finish_round()
-            self.policy = policy
-
-    def accept_by_coin(self, chances: Sequence[float], seed: int = 1) -> None:
-        """For measurements: a seeded coin accepts the draft at position i with ``chances[i]``.
-
-        The last chance serves all deeper positions; none lets the model decide again. What a round
-        costs can so be read at any acceptance. The text is nonsense.
+        It is not rolled back: what comes next may want to go further back in one step. Where
+        another thread is inside, that one books it.
         """
-        if chances:
-            logger.warning("a coin accepts the drafts from now on: the text is nonsense")
-        check(lib.mtp_accept_by_coin(self._handle, list(chances), len(chances), seed), self._handle)
+        if self.current is not generation:
+            return
+        try:
+            with self.entry:
+                if self.current is generation:
+                    self.book()
+        except (BusyError, ClosedError):
+            pass
 
-    def _rule(self, context: npt.NDArray[np.intc]) -> Rule:
+    def _plan(
+        self,
+        generation: Generation,
+        context: npt.NDArray[np.intc],
+        proposed: Sequence[int] | None,
+    ) -> tuple[Any, Any, int, int]:
+        """Return rule, drafts, their number and the ns that making them took, for the engine."""
+        if proposed is not None:
+            rule = self._load(constant(self.setup.depth), self.setup.depth)
+            return rule, self._drafts, self._put(proposed), 0
+        useful = generation.end - len(context) - 1  # the last token that is wanted needs no draft
+        chosen = self._choose(context)
+        rule = self._load(chosen, useful)
+        if self._drafter is None or rule == ffi.NULL:
+            return rule, ffi.NULL, 0, 0
+        start = time.perf_counter_ns()
+        n = 0
+        if not self._step.replays_next:
+            most = min(chosen.depth, useful)
+            n = self._put(self._drafter.draft(DraftRequest(_read_only(context), most)).tokens)
+        return rule, self._drafts, n, time.perf_counter_ns() - start
+
+    def _choose(self, context: npt.NDArray[np.intc]) -> Rule:
         most = self.policy.depth_max
         if most and self._ask_depth:
             answer = self._hooks.mtp_choose_depth(request=DraftRequest(_read_only(context), most))
@@ -276,7 +181,7 @@ class Session:
         depth = min(rule.depth, most)
         if depth <= 0:
             return ffi.NULL
-        native = self._native_rule
+        native = self._rule
         native.depth = depth
         if rule is not self._loaded:
             native.window = rule.window
@@ -286,276 +191,130 @@ class Session:
             self._loaded = rule
         return native
 
-    def _ask_drafter(self, context: npt.NDArray[np.intc], depth: int) -> tuple[list[int], int]:
-        assert self._drafter is not None
-        room = self._room(depth, len(context) - 1)
-        if not room or lib.mtp_replays_only(self._handle):
-            return [], 0
-        start = time.perf_counter_ns()
-        draft = self._drafter.draft(DraftRequest(_read_only(context), room))
-        tokens = self._usable(draft.tokens, room)
-        return tokens, time.perf_counter_ns() - start
-
-    def _room(self, depth: int, pos: int) -> int:
-        """Return how many of ``depth`` drafts fit the context after position ``pos``."""
-        return max(0, min(depth, self._settings.n_ctx - pos - 1))
-
-    def _usable(self, tokens: Sequence[int], room: int) -> list[int]:
-        """Return at most ``room`` of the tokens, up to the first invalid id."""
-        usable = []
-        for token in tokens[:room]:
+    def _put(self, tokens: Sequence[int]) -> int:
+        """Write drafts for the engine, up to the first that is no token; return how many."""
+        n = 0
+        for token in tokens[: lib.MTP_MAX_DEPTH]:
             if not 0 <= token < self._settings.n_vocab:
                 break
-            usable.append(int(token))
-        return usable
+            self._drafts[n] = int(token)
+            n += 1
+        return n
 
-    def finish_round(self) -> None:
+    def book(self) -> None:
         """Book the round that is over: statistics, depth policy, observers."""
-        if not self._open_round:
+        this = self._round
+        if not this.open:
             return
-        self._open_round = False
-        self._rows_left = 0
-        step, now, before = self._step, self._counters, self._before
+        self._round = _Round()
+        step, now, before = self._step, self._now, self._before
         lib.mtp_session_counters(self._handle, now)
         target_ns = now.target_ns - before.target_ns
         draft_ns = now.draft_ns - before.draft_ns
         sample_ns = now.sample_ns - before.sample_ns
         rollback_ns = now.rollback_ns - before.rollback_ns
         rest_ns = now.total_ns - before.total_ns - target_ns - draft_ns - sample_ns
-        native_ns, python_ns = rest_ns - rollback_ns, self._python_ns
-        drafter = self._drafter is not None
-        classes = self._classes if drafter else ffi.unpack(step.classes, step.n_picks)
+        classes = ffi.unpack(step.classes, step.n_picks)
         self.stats.observe_round(
             step.n_drafted,
             step.n_sampled,
             step.n_accepted,
             target_ns=target_ns,
-            picks=len(classes),
-            draft_ns=draft_ns + (step.draft_ns if drafter else 0),
+            picks=step.n_picks,
+            draft_ns=draft_ns + this.draft_ns,
             sample_ns=sample_ns,
             rollback_ns=rollback_ns,
-            native_overhead_ns=native_ns,
-            python_ns=python_ns,
+            native_overhead_ns=rest_ns - rollback_ns,
+            python_ns=this.python_ns,
             target_decodes=now.n_target_decodes - before.n_target_decodes,
             draft_decodes=now.n_draft_decodes - before.n_draft_decodes,
         )
-        self._python_ns = 0
-        self._counters, self._before = before, now
+        self._now, self._before = before, now
+        round_draft_ns = step.draft_ns + this.draft_ns
         if step.n_replayed and not step.n_drafted:
-            self.policy.observe_replay(step.target_ns + step.draft_ns)
-        elif not self._proposed:  # the caller's guesses say nothing about the drafter's
-            beside = rest_ns + python_ns  # what a round takes beside its decodes is a cost too
+            self.policy.observe_replay(step.target_ns + round_draft_ns)
+        elif not this.proposed:  # the caller's guesses say nothing about the drafter's
             self.policy.observe(
                 step.n_drafted,
-                step.target_ns + beside,
+                # what a round takes beside its decodes is a cost too
+                step.target_ns + rest_ns + this.python_ns,
                 classes,
-                step.draft_ns,
+                round_draft_ns,
                 step.n_sampled,
                 step.n_accepted,
                 bool(step.spare) if step.spare >= 0 else None,
             )
-        if self.policy.dropped and not self._told:
-            self._told = True
-            logger.warning("drafting does not pay here and is off. %s", self.policy.explain())
+        if now.n_draft_failures and (reason := self._draft_error()):
+            self._warn_once("dead", "going on without drafts: %s", reason)
+        if self.policy.dropped:
+            self._warn_once(
+                "dropped", "drafting does not pay here and is off. %s", self.policy.explain()
+            )
         if self._observed:
             self._tell(
                 self._hooks.mtp_round_finished,
                 verdict=Verdict(
-                    step.n_drafted, step.n_accepted, step.n_sampled, step.target_ns, step.draft_ns
+                    step.n_drafted, step.n_accepted, step.n_sampled, step.target_ns, round_draft_ns
                 ),
             )
 
-    def begin_generation(
-        self, context: npt.NDArray[np.intc], sampling: Hashable, wanted: int | None = None
-    ) -> None:
-        """Start counting a generation, and cut the draft context to what ``context`` says.
+    def _draft_error(self) -> str:
+        return str(ffi.string(lib.mtp_draft_error(self._handle)).decode())
 
-        Acceptance is counted apart for each way of ``sampling``. No more is drafted than
-        ``wanted`` tokens after the context, the first of which takes no round, have use for.
-        """
-        n_ctx = self._settings.n_ctx
-        self._end = n_ctx + 1 if wanted is None else min(len(context) + wanted, n_ctx + 1)
-        self.stats.begin()
-        self.policy.begin(sampling)
-        lib.mtp_session_counters(self._handle, self._before)
-        self.align(context)
+    # ---- settings and measurements
 
-    # ---- the target was decoded, cut or replaced outside a round
+    @property
+    def depth_max(self) -> int:
+        """Most drafts a round; settable up to the bound that the session was opened for."""
+        return self.policy.depth_max
+
+    @depth_max.setter
+    def depth_max(self, depth: int) -> None:
+        with self.entry.wait():
+            self.policy.depth_max = depth
 
     @contextmanager
-    def prompt(self, end: int) -> Iterator[None]:
-        """Inside, a prompt is evaluated whose last token stands before ``end``.
-
-        Of batches that lie wholly before the prefill window the host keeps no hidden rows.
-        """
-        if self._window:
-            self._unread = end - self._window
+    def constant_depth(self, depth: int) -> Iterator[None]:
+        """Draft ``depth`` tokens in every round of the block; the policy sees nothing of it."""
+        steady = DepthPolicy(self.setup.depth, adaptive=False)
+        steady.depth_max = depth
+        with self.entry.wait():
+            self.book()
+            policy, self.policy = self.policy, steady
         try:
             yield
         finally:
-            self._unread = 0
-            if not self.closed:
-                self._keep_rows(True)
+            try:
+                with self.entry.wait():
+                    self.book()
+            except ClosedError:
+                pass
+            self.policy = policy
 
-    def _keep_rows(self, on: bool) -> None:
-        if on == self._keeps_rows:
-            return
-        check(lib.mtp_keep_rows(self._handle, on), self._handle)
-        self._keeps_rows = on
-        if on:
-            host.plan_anew(self._target)
+    def accept_by_coin(self, chances: Sequence[float], seed: int = 1) -> None:
+        """For measurements: a seeded coin accepts the draft at position i with ``chances[i]``.
 
-    def expect(self, batch: Any) -> None:
-        """The host is about to decode ``batch`` (a ``llama_batch``): with hidden rows, if read."""
-        self._keep_rows(batch.pos[batch.n_tokens - 1] >= self._unread)
-
-    def capture(self, batch: Any) -> None:
-        """Take the hidden rows of a decode that the host just did (a ``llama_batch``)."""
-        handle = self._handle
-        self.checkpoints.cut(batch.pos[0])
-        tokens = ffi.cast("int32_t *", ctypes.addressof(batch.token.contents))
-        check(lib.mtp_capture(handle, tokens, batch.n_tokens, batch.pos[0]), handle)
-
-    def memory(self) -> dict[str, int]:
-        """Bytes that are held beside the host's buffers, by part; empty parts are left out."""
-        now = ffi.new("struct mtp_counters *")
-        lib.mtp_session_counters(self._handle, now)
-        parts = {"checkpoints": self.checkpoints.n_bytes, "hidden rows": now.n_row_bytes}
-        return {part: size for part, size in parts.items() if size}
-
-    @property
-    def n_past(self) -> int:
-        """Positions that the target holds, rows that nobody sampled left out."""
-        return int(lib.mtp_n_past(self._handle))
-
-    @property
-    def live_row(self) -> int:
-        """Output row with the logits of the last kept position; -1 when they are gone."""
-        return int(lib.mtp_live_row(self._handle))
-
-    def settle(self) -> None:
-        """End a round in the middle: both contexts are cut to the tokens that were emitted.
-
-        A recurrent state without snapshots follows with the next round, or at :meth:`replay`.
+        The last chance serves all deeper positions; none lets the model decide again. What a round
+        costs can so be read at any acceptance. The text is nonsense.
         """
-        self.finish_round()
-        check(lib.mtp_settle(self._handle), self._handle)
-
-    def replay(self) -> None:
-        """Settle, and make the target's memory what it counts as, for others to use.
-
-        RollbackRefused where the host does not take its own state back.
-        """
-        self.finish_round()
-        check(lib.mtp_replay(self._handle), self._handle)
-
-    def can_truncate(self, n_past: int) -> bool:
-        return bool(lib.mtp_can_truncate(self._handle, n_past))
-
-    def lacks_row(self, n_past: int) -> bool:
-        """Whether the draft needs the token before ``n_past`` evaluated again after a cut there."""
-        return bool(lib.mtp_lacks_row(self._handle, n_past))
-
-    def truncate(self, n_past: int) -> None:
-        """Cut both contexts to ``n_past`` positions; RollbackRefused where the state is gone."""
-        self.finish_round()
-        self.checkpoints.cut(n_past)
-        check(lib.mtp_truncate(self._handle, n_past), self._handle)
-
-    def forget(self, n_past: int) -> None:
-        """Someone replaced the target's memory, which now ends at ``n_past``."""
-        self.finish_round()
-        self.checkpoints.clear()
-        check(lib.mtp_forget(self._handle, n_past), self._handle)
-
-    def save_checkpoint(self, history: npt.NDArray[np.intc]) -> None:
-        """Keep the recurrent state after ``history``, and the hidden row that the draft needs."""
-        row: npt.NDArray[np.float32] | None = None
-        if self._draft is not None:
-            row = np.empty(self._n_embd, dtype=np.float32)
-            check(lib.mtp_row_get(self._handle, ffi.from_buffer("float[]", row)), self._handle)
-        self.checkpoints.save(history, row)
-
-    def restore(self, prompt: Sequence[int]) -> int:
-        """Take both contexts back to the deepest checkpoint inside ``prompt``; its length, or 0.
-
-        After 0 the target's memory is not to be used before it is cleared.
-        """
-        kept = self.checkpoints.find(prompt)
-        if kept is None:
-            return 0
-        self.settle()
-        # Before the memory changes: an interrupt in between then shows as two ends that differ.
-        check(lib.mtp_forget(self._handle, kept.n_past), self._handle)
-        self.align(kept.history)
-        if not self.checkpoints.restore(kept):
-            self.forget(0)
-            return 0
-        if kept.row is not None:
-            row = ffi.from_buffer("float[]", kept.row)
-            check(lib.mtp_row_set(self._handle, row), self._handle)
-        return kept.n_past
-
-    def align(self, context: npt.NDArray[np.intc]) -> None:
-        """Cut the draft context to the prefix that it has in common with ``context``."""
-        tokens = ffi.from_buffer("int32_t[]", np.ascontiguousarray(context, dtype=np.int32))
-        check(lib.mtp_align(self._handle, tokens, len(context)), self._handle)
-
-    # ---- state
-
-    @property
-    def draft_context(self) -> Any | None:
-        """The host's ``LlamaContext`` of the draft; None where drafts come from elsewhere."""
-        return self._draft
-
-    def save_draft(self) -> bytes:
-        """End a round in the middle and return what waits for the draft context.
-
-        Its memory, which the host saves, then holds nothing but true rows.
-        """
-        self.finish_round()
-        handle, size = self._handle, ffi.new("size_t *")
-        check(lib.mtp_state_size(handle, size), handle)
-        data = bytearray(size[0])
-        check(lib.mtp_state_get(handle, ffi.from_buffer(data), size[0]), handle)
-        return bytes(data)
-
-    def check_draft(self, queue: bytes) -> None:
-        """Raise NativeError, with the reason, where :meth:`load_draft` would."""
-        check(lib.mtp_state_check(self._handle, ffi.from_buffer(queue), len(queue)), self._handle)
-
-    def load_draft(self, queue: bytes | None) -> None:
-        """After :meth:`forget`: take over ``queue``, whose memory the draft context has back.
-
-        Without one the draft context is emptied and starts at the end of the target's text.
-        """
-        data = ffi.NULL if queue is None else ffi.from_buffer(queue)
-        check(lib.mtp_state_set(self._handle, data, len(queue or b"")), self._handle)
+        if chances:
+            logger.warning("a coin accepts the drafts from now on: the text is nonsense")
+        with self.entry:
+            check(
+                lib.mtp_accept_by_coin(self._handle, list(chances), len(chances), seed),
+                self._handle,
+            )
 
 
-def different_vocabulary(a: Any, b: Any, narrow: Vocabulary | None = None) -> str | None:
-    """Say where the vocabularies of two ``LlamaModel`` part; None when they are the same.
+@dataclass
+class _Round:
+    """What the Python side knows of the round that is under way."""
 
-    ``narrow`` says which tokens of ``a`` those of ``b`` are to be, where it has only some.
-    """
-    if narrow is not None and len(narrow.stand_ins) != a.n_vocab():
-        return f"one has {a.n_vocab()} tokens, the other is for {len(narrow.stand_ins)}"
-    return compare_vocabularies(
-        host.address_table(api_names()),
-        host.batch_layout(),
-        host.vocabulary_of(a),
-        host.vocabulary_of(b),
-        None if narrow is None else narrow.tokens,
-    )
-
-
-def _narrow(vocabulary: Vocabulary) -> dict[str, Any]:
-    """The fields of ``mtp_session_params`` for a head with a part of the vocabulary."""
-    return {
-        "n_draft_vocab": len(vocabulary.tokens),
-        "draft_tokens": ffi.from_buffer("int32_t[]", vocabulary.tokens),
-        "stand_ins": ffi.from_buffer("int32_t[]", vocabulary.stand_ins),
-    }
+    open: bool = False
+    rows_left: int = 0
+    proposed: bool = False  # by the caller
+    draft_ns: int = 0  # that a drafter of a plugin took
+    python_ns: int = 0
 
 
 def shared_prefix(a: npt.NDArray[np.intc], b: Sequence[int]) -> int:

@@ -5,6 +5,8 @@ Metric names are vLLM's, so that dashboards and comparisons carry over.
 
 from __future__ import annotations
 
+import threading
+
 _COUNTERS = (
     "num_rounds",
     "num_drafts",
@@ -21,6 +23,8 @@ _COUNTERS = (
     "native_overhead_ns",
     "python_ns",
 )
+_RENAMED = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")  # in as_dict, to vLLM's names
+_PLAIN_NAMES = tuple(name for name in _COUNTERS if name not in _RENAMED)
 _PER_POSITION = ("num_drafted_per_pos", "num_tested_per_pos", "num_accepted_per_pos")
 
 
@@ -31,10 +35,11 @@ class SpecStats:
     in two of them; ``rollback_ns`` is the host's removal of rows. The lists are
     indexed by draft position, 0 for the first drafted token. ``num_picks`` counts every token that
     a drafter proposed; the other counts of drafts are those of the verified ones. ``last`` is
-    ``None`` before the first :meth:`begin`, and always ``None`` on a ``last`` itself.
+    ``None`` before the first :meth:`begin`, and always ``None`` on a ``last`` itself. A round is
+    added whole: rates and :meth:`as_dict` may be read in another thread.
     """
 
-    __slots__ = (*_COUNTERS, *_PER_POSITION, "last")
+    __slots__ = (*_COUNTERS, *_PER_POSITION, "_lock", "last")
 
     num_rounds: int
     num_drafts: int
@@ -56,19 +61,21 @@ class SpecStats:
     last: SpecStats | None
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self.reset()
 
     def reset(self) -> None:
         """Set every counter to zero and forget the latest generation."""
-        for name in _COUNTERS:
-            setattr(self, name, 0)
-        for name in _PER_POSITION:
-            setattr(self, name, [])
-        self.last = None
+        with self._lock:
+            for name in _COUNTERS:
+                setattr(self, name, 0)
+            for name in _PER_POSITION:
+                setattr(self, name, [])
+            self.last = None
 
-    def begin(self) -> None:
-        """Start a new generation: ``last`` becomes empty, the totals stay."""
-        self.last = SpecStats()
+    def begin(self, last: SpecStats | None = None) -> None:
+        """A generation begins, or goes on with its own ``last``; the totals stay."""
+        self.last = SpecStats() if last is None else last
 
     def observe_round(
         self,
@@ -77,76 +84,52 @@ class SpecStats:
         accepted: int,
         *,
         picks: int | None = None,
-        target_ns: int = 0,
-        draft_ns: int = 0,
-        sample_ns: int = 0,
-        rollback_ns: int = 0,
-        native_overhead_ns: int = 0,
-        python_ns: int = 0,
         target_decodes: int = 1,
         draft_decodes: int = 0,
+        **times: int,
     ) -> None:
         """Add one settled round, here and in ``last``.
 
         Of ``picks`` that the drafter made (as many as were verified, by default) ``drafted`` were
         verified, the consumer asked for ``sampled`` verify rows, each one emitted token, and
         ``accepted`` drafts agreed. Drafts whose row nobody asked for count as drafted, not as
-        tested.
+        tested. ``times`` are the counters in nanoseconds.
         """
-        self.num_rounds += 1
-        self.num_picks += drafted if picks is None else picks
-        self.num_emitted_tokens += sampled
-        self.num_target_decodes += target_decodes
-        self.num_draft_decodes += draft_decodes
-        self.target_ns += target_ns
-        self.draft_ns += draft_ns
-        self.sample_ns += sample_ns
-        self.rollback_ns += rollback_ns
-        self.native_overhead_ns += native_overhead_ns
-        self.python_ns += python_ns
-        if drafted:
-            self.num_drafts += 1
-            self.num_draft_tokens += drafted
-            self.num_accepted_tokens += accepted
-            proposed = self.num_drafted_per_pos
-            tested = self.num_tested_per_pos
-            agreed = self.num_accepted_per_pos
-            while len(proposed) < drafted:
-                proposed.append(0)
-                tested.append(0)
-                agreed.append(0)
-            for pos in range(drafted):
-                proposed[pos] += 1
-            # A row is sampled only while all before it agreed, so the sampled rows are the tests.
-            for pos in range(min(sampled, drafted)):
-                tested[pos] += 1
-            for pos in range(accepted):
-                agreed[pos] += 1
-        if self.last is not None:
-            self.last.observe_round(
-                drafted,
-                sampled,
-                accepted,
-                picks=picks,
-                target_ns=target_ns,
-                draft_ns=draft_ns,
-                sample_ns=sample_ns,
-                rollback_ns=rollback_ns,
-                native_overhead_ns=native_overhead_ns,
-                python_ns=python_ns,
-                target_decodes=target_decodes,
-                draft_decodes=draft_decodes,
-            )
+        if picks is None:
+            picks = drafted
+        for stats in (self,) if self.last is None else (self, self.last):
+            with stats._lock:
+                stats.num_rounds += 1
+                stats.num_picks += picks
+                stats.num_emitted_tokens += sampled
+                stats.num_target_decodes += target_decodes
+                stats.num_draft_decodes += draft_decodes
+                for name, ns in times.items():
+                    setattr(stats, name, getattr(stats, name) + ns)
+                if drafted:
+                    stats._count_drafts(drafted, sampled, accepted)
+
+    def _count_drafts(self, drafted: int, sampled: int, accepted: int) -> None:
+        self.num_drafts += 1
+        self.num_draft_tokens += drafted
+        self.num_accepted_tokens += accepted
+        # A row is sampled only while all before it agreed, so the sampled rows are the tests.
+        for name, n in zip(_PER_POSITION, (drafted, min(sampled, drafted), accepted), strict=True):
+            counts = getattr(self, name)
+            counts.extend([0] * (drafted - len(counts)))
+            for pos in range(n):
+                counts[pos] += 1
 
     def add(self, other: SpecStats) -> None:
         """Add the counters of another one; ``last`` stays."""
-        for name in _COUNTERS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in _PER_POSITION:
-            mine, theirs = getattr(self, name), getattr(other, name)
-            mine.extend([0] * (len(theirs) - len(mine)))
-            for pos, count in enumerate(theirs):
-                mine[pos] += count
+        with self._lock:
+            for name in _COUNTERS:
+                setattr(self, name, getattr(self, name) + getattr(other, name))
+            for name in _PER_POSITION:
+                mine, theirs = getattr(self, name), getattr(other, name)
+                mine.extend([0] * (len(theirs) - len(mine)))
+                for pos, count in enumerate(theirs):
+                    mine[pos] += count
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -161,33 +144,25 @@ class SpecStats:
     @property
     def acceptance_per_pos(self) -> list[float]:
         """Per position, how often a draft agreed given that all before it had (0.0 if untested)."""
-        pairs = zip(self.num_accepted_per_pos, self.num_tested_per_pos, strict=True)
-        return [agreed / tested if tested else 0.0 for agreed, tested in pairs]
+        with self._lock:
+            pairs = zip(self.num_accepted_per_pos, self.num_tested_per_pos, strict=True)
+            return [agreed / tested if tested else 0.0 for agreed, tested in pairs]
 
     def as_dict(self) -> dict[str, int | float | list[int] | list[float]]:
         """Counters and rates in one flat dict; those that vLLM has carry vLLM's names."""
-        return {
-            "spec_decode_num_drafts_total": self.num_drafts,
-            "spec_decode_num_draft_tokens_total": self.num_draft_tokens,
-            "spec_decode_num_accepted_tokens_total": self.num_accepted_tokens,
-            "spec_decode_num_accepted_tokens_per_pos_total": list(self.num_accepted_per_pos),
-            "mean_acceptance_length": self.mean_acceptance_length,
-            "draft_acceptance_rate": self.draft_acceptance_rate,
-            "acceptance_per_pos": self.acceptance_per_pos,
-            "num_drafted_per_pos": list(self.num_drafted_per_pos),
-            "num_tested_per_pos": list(self.num_tested_per_pos),
-            "num_picks": self.num_picks,
-            "num_emitted_tokens": self.num_emitted_tokens,
-            "num_rounds": self.num_rounds,
-            "num_target_decodes": self.num_target_decodes,
-            "num_draft_decodes": self.num_draft_decodes,
-            "target_ns": self.target_ns,
-            "draft_ns": self.draft_ns,
-            "sample_ns": self.sample_ns,
-            "rollback_ns": self.rollback_ns,
-            "native_overhead_ns": self.native_overhead_ns,
-            "python_ns": self.python_ns,
-        }
+        with self._lock:
+            return {
+                "spec_decode_num_drafts_total": self.num_drafts,
+                "spec_decode_num_draft_tokens_total": self.num_draft_tokens,
+                "spec_decode_num_accepted_tokens_total": self.num_accepted_tokens,
+                "spec_decode_num_accepted_tokens_per_pos_total": list(self.num_accepted_per_pos),
+                "mean_acceptance_length": self.mean_acceptance_length,
+                "draft_acceptance_rate": self.draft_acceptance_rate,
+                "acceptance_per_pos": self.acceptance_per_pos,
+                "num_drafted_per_pos": list(self.num_drafted_per_pos),
+                "num_tested_per_pos": list(self.num_tested_per_pos),
+                **{name: getattr(self, name) for name in _PLAIN_NAMES},
+            }
 
     def __str__(self) -> str:
         if not self.num_rounds:

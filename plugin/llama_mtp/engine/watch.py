@@ -10,7 +10,7 @@ import ctypes
 from typing import Any
 
 from .. import host
-from ..errors import ClosedError, RollbackRefused
+from ..errors import RollbackRefused
 from .session import Session
 
 
@@ -19,6 +19,10 @@ def watch(target: Any, session: Session, n_outputs_max: int) -> None:
     decode, seq_rm, clear = target.decode, target.kv_cache_seq_rm, target.kv_cache_clear
 
     def decode_and_capture(batch: Any) -> None:
+        with session.entry:
+            checked_decode(batch)
+
+    def checked_decode(batch: Any) -> None:
         rows = batch.batch
         n = rows.n_tokens
         if n_outputs_max and n > n_outputs_max:
@@ -28,8 +32,6 @@ def watch(target: Any, session: Session, n_outputs_max: int) -> None:
                     f"{n_outputs} rows with logits in one batch, but the context was made for "
                     f"{n_outputs_max}; construct Llama with logits_all=True to ask for more."
                 )
-        if session.closed:
-            raise ClosedError()
         session.replay()
         try:
             session.expect(rows)
@@ -41,6 +43,10 @@ def watch(target: Any, session: Session, n_outputs_max: int) -> None:
             raise
 
     def rules_then_remove(seq_id: int, p0: int, p1: int) -> bool:
+        with session.entry:
+            return remove(seq_id, p0, p1)
+
+    def remove(seq_id: int, p0: int, p1: int) -> bool:
         session.settle()
         start = max(p0, 0)
         if p1 < 0 and start < session.n_past:
@@ -58,9 +64,10 @@ def watch(target: Any, session: Session, n_outputs_max: int) -> None:
         return done
 
     def clear_and_forget() -> None:
-        session.finish_round()
-        clear()
-        session.forget(0)
+        with session.entry:
+            session.book()
+            clear()
+            session.forget(0)
 
     target.decode = decode_and_capture
     target.kv_cache_seq_rm = rules_then_remove

@@ -146,8 +146,8 @@ def _obstacle(
         return (
             f"the file declares {n_heads} NextN layers, and no release of llama-mtp has run the "
             f"architecture {name}",
-            "Look for a newer llama-mtp, try spec_allow_untested=True (libllama may abort), or use "
-            f"{_RUN_STOCK[4:]}",
+            "Look for a newer llama-mtp, set LLAMA_MTP_ALLOW_UNTESTED=1 (libllama may abort), or "
+            f"use {_RUN_STOCK[4:]}",
         )
     if n_heads > 1 and not (architecture and (architecture.chained or architecture.shares_kv)):
         return (

@@ -1,7 +1,8 @@
 """Ask a question whose answer may kill: libllama aborts the process where it should refuse.
 
-The question goes to a module of ours that runs in a child: JSON in, one line of JSON out, and the
-host's log on standard error. Of a child that died, the last complaint in the log is the reason.
+The question goes to a module of ours that runs in a child: JSON in, one marked line of JSON out,
+and the host's log on standard error. What else is printed there, before the answer or after it, is
+passed over. Of a child that died, the last complaint in the log is the reason.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import LlamaMtpError
+
+_MARK = "llama-mtp answers: "
 
 # The first kind that occurs tells most: what failed is said before, and again after, that it did.
 _COMPLAINTS = [
@@ -31,7 +34,7 @@ class Reply:
     """What a child said.
 
     Attributes:
-        answer: its JSON; None if it died before it could speak.
+        answer: its JSON; None if it ended without one.
         log: what it and the host wrote to standard error.
         seconds: how long it lived.
         fate: how it ended, in words; empty if as it should.
@@ -89,9 +92,17 @@ def ask(module: str, question: Mapping[str, Any], *, timeout: float | None = Non
         ) from error
     seconds = time.perf_counter() - start
     log = child.stderr.decode("utf-8", "replace")
-    if child.returncode == 0:
-        return Reply(json.loads(child.stdout.splitlines()[-1]), log, seconds)
-    return Reply(None, log, seconds, f"died of {_cause_of_death(child.returncode)}")
+    if child.returncode != 0:
+        return Reply(None, log, seconds, f"died of {_cause_of_death(child.returncode)}")
+    answers = re.findall(f"{_MARK}(.*)", child.stdout.decode("utf-8", "replace"))
+    if not answers:
+        return Reply(None, log, seconds, "ended without an answer")
+    return Reply(json.loads(answers[-1]), log, seconds)
+
+
+def serve(answer: Callable[..., Mapping[str, Any]]) -> None:
+    """Be the child: read the question's fields as keyword arguments, print the answer."""
+    print(_MARK + json.dumps(answer(**json.load(sys.stdin))))
 
 
 def _cause_of_death(returncode: int) -> str:

@@ -6,8 +6,6 @@ run, and the weights of one are gone before those of the next come.
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 from ..errors import ModelFileError
@@ -54,7 +52,9 @@ def _ask(path: Path, n_tokens: int, n_threads: int | None, spec_type: str) -> li
     return tokens
 
 
-def _answer(path: str, n_tokens: int, n_threads: int | None, spec_type: str) -> list[int]:
+def _answer(
+    path: str, n_tokens: int, n_threads: int | None, spec_type: str
+) -> dict[str, list[int]]:
     from ..llama import Llama
 
     with Llama(
@@ -68,8 +68,9 @@ def _answer(path: str, n_tokens: int, n_threads: int | None, spec_type: str) -> 
         # Ids spread over the vocabulary; any text will do, as it is the same for both.
         prompt = [(k + 1) * llama.n_vocab() // (_N_PROMPT + 2) for k in range(_N_PROMPT)]
         stream = llama.generate(prompt, temp=0.0)
-        return [int(token) for token, _ in zip(stream, range(n_tokens), strict=False)]
+        tokens = [int(token) for token, _ in zip(stream, range(n_tokens), strict=False)]
+        return {"tokens": tokens}
 
 
 if __name__ == "__main__":
-    print(json.dumps({"tokens": _answer(**json.load(sys.stdin))}))
+    child.serve(_answer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 from collections.abc import Iterator
@@ -75,7 +74,7 @@ def findings() -> Iterator[Finding]:
             yield Finding(True, what, look())
         except (LlamaMtpError, ImportError, OSError, AttributeError) as error:
             yield Finding(False, what, str(error))
-    yield Finding(True, "processor cores", str(default_threads()))
+    yield Finding(True, "processor cores", str(usable_cores()))
 
 
 def examine(path: str, draft_model: str | None = None, **options: Any) -> Examination:
@@ -111,8 +110,8 @@ def examine(path: str, draft_model: str | None = None, **options: Any) -> Examin
     return Examination(inspection, outcome, judge(outcome, inspection.cheaper_command))
 
 
-def default_threads() -> int:
-    """All the cores that this process may use."""
+def usable_cores() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -126,62 +125,43 @@ def _host_version() -> str:
 
 
 def _host_library() -> str:
-    from ..host import C
+    from .. import host
 
-    offload = "can" if C.llama_supports_gpu_offload() else "cannot"
-    return f"{C._lib._name} ({offload} offload to a GPU here)"
+    offload = "can" if host.can_offload() else "cannot"
+    return f"{host.library_path()} ({offload} offload to a GPU here)"
 
 
 def _host_build() -> str:
-    """What the library was compiled for: processor flags, and those of other backends."""
-    from ..host import C
+    from .. import host
 
-    flags = C.llama_print_system_info().decode("utf-8", "replace")
-    return " ".join(flags.replace(" = 1", "").replace("|", "").split())
+    return host.build_flags()
 
 
 def _devices() -> str:
-    """The devices that ggml's registry has, with their free memory."""
-    from ..host import C
+    from .. import host
 
-    lib = C._lib
-    if not hasattr(lib, "ggml_backend_dev_count"):  # Windows: the registry is in another library
+    found = host.devices()
+    if found is None:
         return "not told by this library"
-    for name, result, arguments in (
-        ("count", ctypes.c_size_t, []),
-        ("get", ctypes.c_void_p, [ctypes.c_size_t]),
-        ("name", ctypes.c_char_p, [ctypes.c_void_p]),
-        ("description", ctypes.c_char_p, [ctypes.c_void_p]),
-        ("memory", None, [ctypes.c_void_p, *[ctypes.POINTER(ctypes.c_size_t)] * 2]),
-    ):
-        function = getattr(lib, f"ggml_backend_dev_{name}")
-        function.restype, function.argtypes = result, arguments
-    lines = []
-    for index in range(lib.ggml_backend_dev_count()):
-        device = lib.ggml_backend_dev_get(index)
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        name, description = (
-            look(device).decode("utf-8", "replace")
-            for look in (lib.ggml_backend_dev_name, lib.ggml_backend_dev_description)
-        )
-        space = f"{free.value / 2**30:.1f} of {total.value / 2**30:.1f} GiB free"
-        lines.append(f"{name}: {description}, {space}")
+    lines = [
+        f"{name}: {description}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        for name, description, free, total in found
+    ]
     return "\n".join(lines) or "none"
 
 
 def _engine() -> str:
-    from ..engine import native as _engine
+    from ..engine import native
 
-    return f"built for {__version__}, {len(_engine.api_names())} host functions wanted"
+    return f"built for {__version__}, {len(native.function_names())} host functions wanted"
 
 
 def _functions() -> str:
     from .. import host
-    from ..engine import native as _engine
+    from ..engine import native
 
     missing: list[str] = []
-    names = _engine.api_names()
+    names = native.function_names()
     for name in names:
         try:
             host.address_of(name)
@@ -210,7 +190,7 @@ def _environment() -> str:
     from ..registry import RESERVED, resolve
     from ..settings import read_options
 
-    options = read_options(None, None, None, None, None, None, True)
+    options = read_options()
     if options.spec_type not in RESERVED:
         resolve(options.spec_type)
     found = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)]

@@ -13,7 +13,6 @@ is illegal.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..host import C, logits_row
+from .. import host
 
 Row = npt.NDArray[np.float32]
 
@@ -144,8 +143,7 @@ def _until_divergence(
             expected, token = next(reference), next(candidate)
             emitted.append(token)
             if replay is not None:
-                picked = _pick(replay, _row(ours, ours._session.live_row))
-                C.llama_sampler_accept(replay.sampler, picked)
+                picked = host.pick(replay, _row(ours, ours._session.live_row), accept=True)
             if token != expected:
                 stock_row = _row(stock, -1)
                 our_row = _row(ours, ours._session.live_row)
@@ -156,7 +154,7 @@ def _until_divergence(
                     our_token=token,
                     difference=float(np.abs(our_row - stock_row).max()),
                     tolerance=2 * noise,
-                    sampler_token=_pick(before, our_row) if replay is None else picked,
+                    sampler_token=host.pick(before, our_row) if replay is None else picked,
                 )
             before = stock._sampler.clone()
         return emitted, None
@@ -166,7 +164,7 @@ def _until_divergence(
 
 
 def _row(llama: Any, index: int) -> Row:
-    return logits_row(llama._ctx, index, llama._n_vocab)
+    return host.logits_row(llama._ctx, index, llama._n_vocab)
 
 
 def _host_noise(
@@ -183,31 +181,10 @@ def _host_noise(
         stock.eval(context)
         row = alone
         for at in range(0, len(emitted), k):
-            row = _batch_row(stock, emitted[at : at + k], k)
+            tokens = emitted[at : at + k]
+            filled = tokens + [tokens[-1]] * (k - len(tokens))
+            host.decode(stock._ctx, filled, stock.n_tokens)
+            stock.n_tokens += len(tokens)
+            row = _row(stock, len(tokens) - 1)
         noise = max(noise, float(np.abs(row - alone).max()))
     return noise
-
-
-def _batch_row(stock: Any, tokens: Sequence[int], k: int) -> Row:
-    """Decode ``tokens``, filled up to ``k`` rows, and return the row of the last token."""
-    n = len(tokens)
-    batch = C.llama_batch_init(k, 0, 1)
-    batch.n_tokens = k
-    for i, token in enumerate([*tokens, *[tokens[-1]] * (k - n)]):
-        batch.token[i], batch.pos[i] = token, stock.n_tokens + i
-        batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, 1
-    status = C.llama_decode(stock._ctx.ctx, batch)
-    C.llama_batch_free(batch)
-    assert status == 0
-    stock.n_tokens += n
-    return _row(stock, n - 1)
-
-
-def _pick(sampler: Any, row: Row) -> int:
-    """Return what ``sampler`` chooses from ``row``."""
-    data = (C.llama_token_data * len(row))()
-    table = np.frombuffer(data, dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-    table["id"], table["logit"] = np.arange(len(row)), row
-    array = C.llama_token_data_array(data=data, size=len(row), selected=-1, sorted=False)
-    C.llama_sampler_apply(sampler.sampler, ctypes.byref(array))
-    return int(array.data[array.selected].id)

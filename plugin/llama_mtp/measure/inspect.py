@@ -162,7 +162,7 @@ def ask(
     expected = inspection.forecast
     if expected is None:
         return inspection
-    own: dict[str, Any] = {"spec_allow_untested": True} if inspection.untested else {}
+    own: dict[str, Any] = {}
     if inspection.draft_model is not None:
         own["spec_draft_model"] = inspection.draft_model
     answer = ask_host(

@@ -8,10 +8,8 @@ takes. (Recurrent state is the exception: the host allocates it even then.) Its 
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,23 +108,12 @@ def context_sizes(log: str) -> dict[str, int]:
 # --- in the child ---------------------------------------------------------------------------------
 
 
-def simulate_loading(functions: Any) -> None:
-    """From now on the host (its ``llama_cpp.llama_cpp`` module) loads no weights: it sizes them."""
-    load = functions.llama_model_load_from_file
-
-    def simulated(path: bytes, params: Any) -> Any:
-        params.no_alloc = True
-        params.load_mode = functions.LLAMA_LOAD_MODE_NONE  # on a mapping it would abort
-        return load(path, params)
-
-    functions.llama_model_load_from_file = simulated
-
-
 def _answer(path: str, n_ctx: int, depth: int, options: dict[str, Any]) -> dict[str, str]:
     from .. import host
     from ..llama import Llama
 
-    simulate_loading(host.C)
+    host.simulate_loading()
+    os.environ["LLAMA_MTP_ALLOW_UNTESTED"] = "1"  # the host is asked, not our table
     stock = {k: v for k, v in options.items() if not k.startswith("spec_")}
     # The log is what we are here for.
     common: dict[str, Any] = {"n_ctx": n_ctx, "verbose": True}
@@ -141,10 +128,5 @@ def _answer(path: str, n_ctx: int, depth: int, options: dict[str, Any]) -> dict[
     return {"host": host.version(), "reason": reason}
 
 
-def main() -> None:
-    """Read a question from standard input, answer on standard output, log to standard error."""
-    print(json.dumps(_answer(**json.load(sys.stdin))))
-
-
 if __name__ == "__main__":
-    main()
+    child.serve(_answer)

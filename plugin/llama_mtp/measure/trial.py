@@ -6,8 +6,6 @@ its first decode.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
@@ -19,7 +17,7 @@ from . import child
 Verdict = Literal["on", "even", "off", "broken", "impossible"]
 
 MAX_TOKENS = 64
-PROMPTS = ("code_python", "explain_concept", "creative_short")  # of bench.PROMPTS
+PROMPTS = ("code_python", "explain_concept", "creative_short")  # of pairs.PROMPTS
 
 _BROKEN = 0.05  # of the first drafts: a head that merely guesses badly agrees far more often
 _WORTH = 1.03  # below this, a gain cannot be told from noise in so short a trial
@@ -122,7 +120,7 @@ def _attempts(trial: Trial) -> tuple[str, ...]:
     )
     return (
         *(gpu if trial.on_gpu else ()),
-        "another GGUF of the same model: this one's head may be damaged or quantised to death",
+        "another GGUF of the same model: this one's head may be damaged, or in too few bits",
         "llama-mtp graft FILE HEAD -o JOINED.gguf --type Q8_0: a head in a better type, from a "
         "file or a checkpoint that has one",
     )
@@ -153,7 +151,7 @@ def run_trial(path: str, **options: Any) -> Trial | Judgement:
 
 
 def measure(path: str, *, max_tokens: int = MAX_TOKENS, repeats: int = 1, **options: Any) -> Trial:
-    """Load the file twice, with and without MTP, and let both write the same texts.
+    """Load the file once, and let a stock object and one with MTP write the same texts.
 
     Args:
         path: the GGUF.
@@ -161,63 +159,56 @@ def measure(path: str, *, max_tokens: int = MAX_TOKENS, repeats: int = 1, **opti
         repeats: paired runs per text.
         options: keyword arguments of ``Llama``, for both.
     """
-    from ..host import C
-    from .identity import check_identity
-    from .pairs import PROMPTS as TEXTS
-    from .pairs import chat_tokens, compare, open_pair
+    from ..host import can_offload
+    from . import bench, pairs
+    from .identity import IdentityReport, check_identity
 
-    texts = {name: TEXTS[name] for name in PROMPTS}
-    tokens, partings, illegal = 0, [], 0
-    with open_pair(path, verbose=True, **options) as (plain, mtp, added_memory):
+    texts = {name: pairs.PROMPTS[name] for name in PROMPTS}
+    with pairs.open_pair(path, verbose=True, **options) as (plain, mtp, added_memory):
         session = mtp._session
         assert session is not None
-        depth, adaptive = mtp.spec_depth, session.policy
-        for name, text in texts.items():
-            with mtp.spec_constant_depth(depth):
-                report = check_identity(
-                    plain,
-                    mtp,
-                    chat_tokens(plain, text),
-                    max_tokens,
-                    max_batch=1 + depth,
-                    quiet=True,
-                    temp=0.0,
+        policy, depth = session.policy, mtp.spec_depth
+        reports: dict[str, IdentityReport] = {}
+        with mtp.spec_constant_depth(depth):
+            for name, text in texts.items():
+                prompt = pairs.chat_tokens(plain, text)
+                reports[name] = check_identity(
+                    plain, mtp, prompt, max_tokens, max_batch=1 + depth, quiet=True, temp=0.0
                 )
-            tokens += report.n_tokens
-            partings += [f"{name}: {parting}" for parting in report.divergences]
-            illegal += len(report.illegal)
         stats = mtp.spec_stats
         drafted, accepted = stats.num_draft_tokens, stats.num_accepted_tokens
         acceptance = tuple(round(rate, 4) for rate in stats.acceptance_per_pos)
-        pairs = list(compare(plain, mtp, texts, max_tokens=max_tokens, repeats=repeats))
+        figures = bench.measure(
+            plain, mtp, texts, ("plain", "adaptive"), max_tokens=max_tokens, repeats=repeats
+        )
         return Trial(
-            tokens=tokens,
-            partings=tuple(partings),
-            illegal=illegal,
+            tokens=sum(report.n_tokens for report in reports.values()),
+            partings=tuple(
+                f"{n}: {parting}" for n, r in reports.items() for parting in r.divergences
+            ),
+            illegal=sum(len(report.illegal) for report in reports.values()),
             drafted=drafted,
             accepted=accepted,
             acceptance=acceptance,
-            plain_rate=round(median(pair.plain_rate for pair in pairs), 2),
-            mtp_rate=round(median(pair.mtp_rate for pair in pairs), 2),
-            ratio=round(median(pair.ratio for pair in pairs), 3),
-            depth=adaptive.best,
-            reckoning=adaptive.explain(),
+            plain_rate=round(figures.rate(0.0, "plain"), 2),
+            mtp_rate=round(figures.rate(0.0, "adaptive"), 2),
+            ratio=round(median(figures.ratio(name, 0.0, "adaptive") for name in texts), 3),
+            depth=policy.best,
+            reckoning=policy.explain(),
             memory=mtp.spec_memory(),
             added_memory=added_memory,
             on_gpu=bool(options.get("n_gpu_layers")),
-            can_offload=bool(C.llama_supports_gpu_offload()),
+            can_offload=can_offload(),
         )
 
 
-def main() -> None:
-    """Read options from standard input, answer on standard output, log to standard error."""
-    question = json.load(sys.stdin)
+def answer(**question: Any) -> dict[str, Any]:
+    """Return a trial as a dict, or the reason why there is none."""
     try:
-        answer: dict[str, Any] = dict(vars(measure(**question)))
+        return dict(vars(measure(**question)))
     except (LlamaMtpError, ValueError, RuntimeError, MemoryError) as error:
-        answer = {"reason": str(error) or type(error).__name__}
-    print(json.dumps(answer))
+        return {"reason": str(error) or type(error).__name__}
 
 
 if __name__ == "__main__":
-    main()
+    child.serve(answer)

@@ -15,6 +15,7 @@ Stock, ours without and with checkpoints; one thread, constant depth 3, greedy. 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -98,11 +99,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         model = models.build(Path(name) / "chat.gguf", "qwen35", head=arguments.head)
         for kind in ("appended", "template", "edited"):
-            chats = {
-                "stock": Chat(model, spec_type="none"),
-                "ours, none": Chat(model, spec_type="draft-mtp", spec_checkpoints=0),
-                "ours, 4": Chat(model, spec_type="draft-mtp"),
-            }
+            chats = {"stock": Chat(model, spec_type="none")}
+            for name, checkpoints in (("ours, none", "0"), ("ours, 4", "4")):
+                os.environ["LLAMA_ARG_CTX_CHECKPOINTS"] = checkpoints
+                chats[name] = Chat(model, spec_type="draft-mtp")
             texts = [chat(model, kind, c) for c in chats.values()]
             table = Table(
                 title=f"{kind}: prompt tokens evaluated in each turn, same texts: "
@@ -120,12 +120,10 @@ def main() -> None:
             ours = chats["ours, 4"]
             table.add_row("tokens a round", *(f"{a:.2f}" for a in ours.acceptance))
             console.print(table)
-            kept = ours.llama._session.checkpoints
-            stats = kept.stats
+            now = ours.llama._session.counters()
             console.print(
-                f"{len(kept)} checkpoints hold {kept.n_bytes} bytes; {stats.saved} saved in "
-                f"{stats.save_ns / 1e3 / max(stats.saved, 1):.0f} us each, {stats.restored} "
-                f"restored in {stats.restore_ns / 1e3 / max(stats.restored, 1):.0f} us each\n"
+                f"{now['n_checkpoints']} checkpoints hold {now['n_checkpoint_bytes']} bytes; "
+                f"{now['n_checkpoints_saved']} saved, {now['n_checkpoints_restored']} restored\n"
             )
             for c in chats.values():
                 c.llama.close()

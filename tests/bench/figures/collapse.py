@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -21,9 +22,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the instrument beside the figures
+
+from instrument import parse_chances
+from intervals import median_interval
+
 from llama_mtp import Llama
-from llama_mtp.measure.bench import parse_chances
-from llama_mtp.measure.bound import median_interval
 from llama_mtp.measure.pairs import PROMPTS, chat_tokens, open_pair
 
 PARTS = ("first half", "second half", "whole")

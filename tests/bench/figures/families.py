@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "heads"))
-import test_families as families
+from models.cases import CASES, opened
 from rich.console import Console
 from rich.table import Table
+from sampling import GREEDY, SAMPLED
 
 from llama_mtp.measure.identity import check_identity
 
@@ -31,10 +31,10 @@ def partings(arch: str, n_heads: int, kind: int, n_tokens: int) -> tuple[int, in
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stderr(io.StringIO()),
-        families.opened(arch, n_heads, Path(folder), type_k=kind, type_v=kind) as case,
+        opened(arch, n_heads, Path(folder), type_k=kind, type_v=kind) as case,
     ):
         for seed in range(4):
-            for sampling in (families.GREEDY, families.SAMPLED):
+            for sampling in (GREEDY, SAMPLED):
                 report = check_identity(
                     case.stock,
                     case.ours,
@@ -56,7 +56,7 @@ def main() -> None:
     n_tokens = int(sys.argv[1]) if len(sys.argv) > 1 else 400
     table = Table("family", "heads", *(f"{kind} cache" for kind in CACHES), "tokens a round")
     sums = {kind: [0, 0, 0] for kind in CACHES}
-    for arch, n_heads in families.CASES:
+    for arch, n_heads in CASES:
         cells, length = [], 0.0
         for kind, number in CACHES.items():
             *counts, length = partings(arch, n_heads, number, n_tokens)

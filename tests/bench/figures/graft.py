@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    graft = [sys.executable, "-c", "from llama_mtp.commands.cli import main; main()", "graft"]
+    graft = [sys.executable, "-c", "from llama_mtp.commands.main import main; main()", "graft"]
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         trunk, head = build(folder, options.gigabytes)

@@ -12,7 +12,7 @@ tokens a round. Then times against stock, as medians of the ratios of runs that 
     plain    from the prompt to the second token, without drafts
     drafted  the same with a round of one draft in between, which has the draft context read first
 
-The prompts are passages of this repository's README and of the sources beside this script.
+The prompts are passages of this repository's pages and of its tests, in turn.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ DEPTH = 3
 
 def passages(llama: Any, n_tokens: int, n: int) -> Iterator[list[int]]:
     """Yield ``n`` prompts of ``n_tokens`` tokens, in the chat template's ChatML where it fits."""
-    tests = Path(__file__).parents[2]
-    files = sorted(tests.rglob("test_*.py"))
-    texts = [[tests.parent / "README.md"], files]
+    root = Path(__file__).parents[3]
+    pages = [root / "README.md", root / "CONTRIBUTING.md"]
+    for folder in ("examples", "hooks", "native", "plugin"):
+        pages += sorted((root / folder).rglob("*.md"))
+    texts = [pages, sorted((root / "tests").rglob("test_*.py"))]
     head = llama.tokenize(b"<|im_start|>user\nRead this.\n", special=True)
     tail = llama.tokenize(
         b"\nSay what it is about.<|im_end|>\n<|im_start|>assistant\n", add_bos=False, special=True
@@ -155,13 +157,13 @@ def main() -> None:
             table.add_column(column, justify="right")
         reference: list[list[int]] | None = None
         for window in a.windows:
+            os.environ["LLAMA_MTP_PREFILL_WINDOW"] = str(window)
             with closing(
                 Llama(
                     str(a.model),
                     spec_type="draft-mtp",
                     spec_draft_n_max=DEPTH,
                     spec_adaptive=False,
-                    spec_prefill_window=window,
                     **options,
                 )
             ) as ours:

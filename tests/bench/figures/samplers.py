@@ -20,12 +20,11 @@ from typing import Any
 import llama_cpp
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "surface"))
 import models
 from conftest import COMMON
 from rich.console import Console
 from rich.table import Table
-from test_samplers import GRAMMARS, PROCESSORS, SAMPLED, SCHEMA, SETTINGS, grammar, processors
+from sampling import GRAMMARS, GREEDY, PROCESSORS, SAMPLED, SCHEMA, SETTINGS, grammar, processors
 
 from llama_mtp import Llama
 from llama_mtp.measure.identity import check_identity, clear, fresh_text, text
@@ -79,7 +78,7 @@ def compared(model: models.Model, n: int) -> dict[str, Row]:
         rows[name] = (before[0] + tokens, before[1] + differs, before[2] + differs)
 
     for name, functions in PROCESSORS.items():
-        for sampling in ({"temp": 0.0}, SAMPLED):
+        for sampling in (GREEDY, SAMPLED):
             options = {**sampling, "logits_processor": processors(*functions)}
             truth = fresh_text(plain, model.text(16), n // 2, **options)
             mine = text(fast, model.text(16), n // 2, **options)

@@ -28,6 +28,8 @@ from rich.progress import track
 from rich.table import Table
 
 from llama_mtp import Llama
+from llama_mtp.depth.rule import look
+from llama_mtp.engine.generation import Generation
 from llama_mtp.engine.native import check, ffi, lib
 from llama_mtp.host import C, address_of_sampler, logits_row
 from llama_mtp.measure.pairs import PROMPTS, chat_tokens, quiet_host
@@ -52,21 +54,19 @@ def measure(llm: Llama, prompt: list[int], temp: float, tokens: int, seed: int) 
     llm.set_seed(seed)
     chain = llm._init_sampler(temp=temp, **SAMPLING)
     address = ffi.cast("void *", address_of_sampler(chain))
+    session.begin(Generation(chain, address, temp), llm._input_ids)
     llm.eval(prompt)
-    session.begin_generation(llm._input_ids, temp)
     last = int(chain.sample(target, session.live_row))
-    out, n, step = ffi.new("int32_t[1]"), ffi.new("int32_t *"), ffi.new("struct mtp_step *")
+    rule, step = session._load(look(), 1), ffi.new("struct mtp_step *")
     rows = []
     for pos in range(len(prompt), len(prompt) + tokens):
-        check(lib.mtp_draft(handle, last, pos, 1, 0.0, out, n), handle)
-        assert n[0] == 1, "the head drafted nothing"
+        twin = C.llama_sampler_clone(chain.sampler)
+        check(lib.mtp_next(handle, address, last, pos, rule, ffi.NULL, 0, step), handle)
+        assert (step.n_picks, step.n_drafted) == (1, 0), "the head drafted nothing"
         logits = logits_row(draft, -1, n_vocab)
         first, second = np.argsort(logits)[-2:][::-1]
-        twin = C.llama_sampler_clone(chain.sampler)
         cloned = C.llama_sampler_sample(twin, draft.ctx, -1)
         C.llama_sampler_free(twin)
-        check(lib.mtp_verify(handle, last, pos, out, 0, 0), handle)
-        check(lib.mtp_sample(handle, address, step), handle)
         last = int(step.token)
         rows.append((last == first, last == cloned, last == second, confidence(logits)))
         if last == llm.token_eos():

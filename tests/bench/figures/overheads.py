@@ -1,6 +1,6 @@
-"""Print the figures that the README quotes, measured here and now.
+"""Print what the package itself takes: imports, the check of a file, a round, a build.
 
-    python tests/bench/figures/overview.py
+    python tests/bench/figures/overheads.py
 
 Overheads come from a constructed model whose decodes cost next to nothing, one thread, constant
 depth 3: what is left is ours. Times are medians.
@@ -26,7 +26,6 @@ from rich.table import Table
 
 from llama_mtp import Llama
 from llama_mtp.heads.check import check_head
-from llama_mtp.measure.identity import check_identity
 
 IMPORT = """
 import time, llama_cpp
@@ -93,26 +92,6 @@ def overhead(folder: Path, arch: str) -> tuple[float, float, float]:
         return median(native), median(python), llm.spec_stats.mean_acceptance_length
 
 
-def identity(folder: Path, arch: str) -> tuple[int, int, int]:
-    """Return tokens compared with stock, partings, illegal ones; the host's default cache, F16."""
-    m = models.build(folder / f"{arch}-state.gguf", arch, state_scale=1.0)
-    options = {"n_ctx": 2304, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
-    tokens = partings = illegal = 0
-    with (
-        Llama(str(m.path), spec_type="draft-mtp", spec_adaptive=False, **options) as ours,
-        Llama(str(m.path), spec_type="none", **options) as stock,
-    ):
-        for seed in range(3):
-            for sampling in ({"temp": 0.0}, {"temp": 0.9}, {"temp": 1.0, "top_k": 0, "min_p": 0.0}):
-                report = check_identity(
-                    stock, ours, m.text(40, seed), 2100, seed + 1, 4, quiet=True, **sampling
-                )
-                tokens += report.n_tokens
-                partings += len(report.divergences)
-                illegal += len(report.illegal)
-    return tokens, partings, illegal
-
-
 def native_build(folder: Path) -> float:
     """Return seconds that `pip wheel` takes, build tools fetched and native module compiled."""
     source = Path(__file__).resolve().parents[3]
@@ -146,13 +125,6 @@ def main() -> None:
                 f"a round on {arch} ({tokens:.2f} tokens): native", f"{native:.1f} us", "30 us"
             )
             table.add_row("  in Python", f"{python:.1f} us", "60 us")
-        for arch in models.ARCHITECTURES:
-            tokens, partings, illegal = identity(folder, arch)
-            table.add_row(
-                f"{tokens} tokens on {arch} against stock",
-                f"{partings} partings, {illegal} illegal",
-                "0 illegal",
-            )
         table.add_row("wheel, isolated build", f"{native_build(folder):.0f} s", "60 s")
     Console().print(table)
 
