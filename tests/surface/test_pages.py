@@ -51,6 +51,14 @@ def test_the_readme_names_every_family_that_runs_and_every_one_that_cannot() -> 
     assert set(re.findall(r"`(.+?)`", cannot)) == set(NOT_EXECUTABLE)
 
 
+def test_the_heads_page_has_a_row_for_every_family() -> None:
+    page = (ROOT / "plugin" / "llama_mtp" / "heads" / "README.md").read_text(encoding="utf-8")
+    table = page.split("## Which families work\n", 1)[1]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(.+?)`", row)} == set(ARCHITECTURES)
+    assert all(f"`{name}`" in table for name in NOT_EXECUTABLE)
+
+
 def test_the_readme_has_every_option_with_its_variable() -> None:
     rows = re.findall(r"^\| `(spec_\w+)` \|.*?\| `(\w+)` \|", section("Options"), re.MULTILINE)
     assert rows == [(o.keyword, o.variable) for o in OPTIONS.values() if o.keyword]

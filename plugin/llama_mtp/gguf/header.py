@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..errors import ModelFileError
 from .types import BLOCKS, SCALARS, ValueType
 
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_U32, _U64 = SCALARS[4], SCALARS[10]
 # By number of dimensions, what follows it: the dimensions, the ggml type, the offset.
 _TENSORS = [struct.Struct(f"<{n_dims}QIQ") for n_dims in range(5)]
 
@@ -199,11 +199,11 @@ def _read_part(path: Path, part: int, budget: _Budget, like: Header | None = Non
         ) from error
 
 
+@dataclass
 class _Budget:
     """What is left to spend on reading one model."""
 
-    def __init__(self) -> None:
-        self.left = _BUDGET
+    left: int = _BUDGET
 
 
 class _Scanner:
@@ -256,15 +256,15 @@ class _Scanner:
         if len(self.window) < n_bytes:
             self.fail("became shorter while it was read", "Wait until it is there as a whole.")
 
+    def unpack(self, packed: struct.Struct, what: str) -> tuple[Any, ...]:
+        start = self.take(packed.size, what)
+        return packed.unpack_from(self.window, start)
+
     def u32(self, what: str) -> int:
-        start = self.take(4, what)
-        value: int = _U32.unpack_from(self.window, start)[0]
-        return value
+        return int(self.unpack(_U32, what)[0])
 
     def u64(self, what: str) -> int:
-        start = self.take(8, what)
-        value: int = _U64.unpack_from(self.window, start)[0]
-        return value
+        return int(self.unpack(_U64, what)[0])
 
     def count(self, smallest: int, what: str) -> int:
         """A number of things of at least `smallest` bytes each; refused if they cannot fit."""
@@ -370,8 +370,7 @@ class _Scanner:
         if kind == ValueType.ARRAY:
             return self.array(key)
         if packed := SCALARS.get(kind):
-            start = self.take(packed.size, key)
-            return packed.unpack_from(self.window, start)[0]
+            return self.unpack(packed, key)[0]
         self.fail(f"is damaged: metadata key {key!r} has the unknown type {kind}")
 
     def array(self, key: str) -> ArrayInfo:
@@ -438,9 +437,7 @@ class _Scanner:
         n_dims = self.u32(name)
         if n_dims > 4:
             self.fail(f"is damaged: tensor {name!r} has {n_dims} dimensions, more than 4")
-        packed = _TENSORS[n_dims]
-        start = self.take(packed.size, name)
-        *shape, kind, offset = packed.unpack_from(self.window, start)
+        *shape, kind, offset = self.unpack(_TENSORS[n_dims], name)
         # The second condition is for tensors of no element, whose other dimensions are free.
         if prod(shape) > _MAX_ELEMENTS or any(n > _MAX_ELEMENTS for n in shape):
             self.fail(f"is damaged: tensor {name!r} has the impossible shape {shape}")

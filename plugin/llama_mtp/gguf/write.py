@@ -230,9 +230,7 @@ class _Meter:
     """Adds up what was written and reports it."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
-        self.done = 0
-        self.total = total
-        self.progress = progress
+        self.done, self.total, self.progress = 0, total, progress
 
     def add(self, n_bytes: int) -> None:
         self.done += n_bytes
@@ -262,11 +260,11 @@ def _write_data(
                 _copy(opened[tensor.path], file.fileno(), tensor, meter)
             else:
                 written = total = 0
-                for chunk in tensor.chunks():
+                for chunk in map(memoryview, tensor.chunks()):
                     total = zlib.crc32(chunk, total)
                     _write(file.fileno(), chunk)
-                    written += memoryview(chunk).nbytes
-                    meter.add(memoryview(chunk).nbytes)
+                    written += chunk.nbytes
+                    meter.add(chunk.nbytes)
                 if written != tensor.n_bytes:
                     raise ModelFileError(
                         f"Tensor {tensor.name} came with {written} bytes of {tensor.n_bytes}. "
