@@ -32,7 +32,6 @@ ROOMS = [
     "settings",
     "engine",
     "drafts",
-    "state",
     "text",
     "completion",
     "llama",

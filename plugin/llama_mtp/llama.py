@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import host
-from . import state as saved
 from .completion import Completion
+from .engine import state as saved
 from .engine.attach import DraftOptions, attach
 from .engine.generate import GeneratingLlama, alone
 from .engine.setup import Setup

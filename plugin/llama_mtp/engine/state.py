@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from . import host
-from .engine.session import Session
-from .errors import NativeError, StateError
+from .. import host
+from ..errors import NativeError, StateError
+from .session import Session
 
 __all__ = ["count_spec_state", "load_state", "save_state"]
 
