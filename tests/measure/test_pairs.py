@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 from rich.console import Console
+from sampling import SAMPLED
 
 from llama_mtp import host
 from llama_mtp.errors import LlamaMtpError
@@ -20,8 +21,6 @@ from llama_mtp.measure import trial
 from llama_mtp.measure.bench_report import run_bench
 from llama_mtp.measure.identity import text
 from llama_mtp.measure.pairs import PROMPTS, generate, open_pair
-
-SAMPLED: dict[str, Any] = {"temp": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
 
 @pytest.fixture
