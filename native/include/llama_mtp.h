@@ -116,7 +116,8 @@ struct mtp_step {
     int32_t n_replayed;  /* kept rows of earlier rounds that this round decoded once more (checkpoint rollback) */
     int32_t n_picks;     /* drafts that were proposed, of which the first n_drafted were verified */
     int32_t spare;       /* would the pick after the verified ones have been right? 1 yes, 0 no, -1 nobody knows (yet) */
-    int32_t replays_next; /* 1: the next round decodes so many rows once more (checkpoint rollback) that it takes no drafts */
+    int32_t replays_next; /* 1: the next round decodes so many rows once more (checkpoint rollback) that the
+                          * source makes no drafts; a caller's drafts would take a decode more */
     uint8_t classes[64]; /* of the picks */
 };
 

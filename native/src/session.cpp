@@ -121,14 +121,13 @@ void mtp_session::begin_round(int32_t pos) {
 
 mtp::picks mtp_session::propose(int32_t last, int32_t pos, const mtp_rule * rule, const int32_t * drafts,
                                 int32_t n_drafts) {
-    const int32_t limit = target.replays_only() ? 0 : target.depth_limit(pos);
-    const int32_t depth = std::min(rule != nullptr ? rule->depth : 0, limit);
+    const int32_t depth = std::min(rule != nullptr ? rule->depth : 0, target.depth_limit(pos));
     mtp::picks    proposed;
     if (drafts != nullptr) {
         const int32_t n = std::min(n_drafts, depth);
         proposed.tokens.assign(drafts, drafts + n);
         proposed.classes.assign(n, 0);
-    } else if (source && depth > 0) {
+    } else if (source && depth > 0 && !target.replays_only()) {
         const int64_t before = source->draft_ns();
         proposed             = source->draft(last, pos, depth, *rule);
         round_draft_ns_      = source->draft_ns() - before;

@@ -31,7 +31,7 @@ std::vector<options> all_kinds() {
 
 }  // namespace
 
-// Drafts of the caller: the rounds of a source that is right as often, with one decode each.
+// Drafts of the caller: the rounds of a source that is right as often, with one decode each and one more for a replay.
 TEST(drafts_of_the_caller_are_the_round) {
     for (int kind = 0; kind < 4; ++kind) {
         options o;
@@ -44,28 +44,26 @@ TEST(drafts_of_the_caller_are_the_round) {
         for (int32_t round = 0; g.text.size() < 60; ++round) {
             const int32_t pos = static_cast<int32_t>(g.text.size()) - 1;
             const int32_t right = round % 4;
-            const bool replays_only = g.step.replays_next != 0;
-            replays += replays_only ? 1 : 0;
-            const int32_t n = replays_only ? 0 : 3, agreed = replays_only ? 0 : right;
+            replays += g.step.replays_next;
             CHECK(next(s, g.text.back(), pos, rule_of(3), drafts_at(h, pos, 3, right), g.step) == MTP_OK);
             CHECK(g.step.new_round == 1);
-            CHECK(g.step.n_drafted == n);
+            CHECK(g.step.n_drafted == 3);
             CHECK(g.step.draft_ns == 0);
             CHECK(std::all_of(g.step.classes, g.step.classes + g.step.n_picks, [](int klass) { return klass == 0; }));
             g.text.push_back(g.step.token);
-            g.run(pos + 2 + agreed);
-            CHECK(g.step.n_accepted == agreed);
+            g.run(pos + 2 + right);
+            CHECK(g.step.n_accepted == right);
             CHECK(g.step.rows_left == 0);
             CHECK(mtp_n_past(s) == static_cast<int32_t>(g.text.size()) - 1);
             const int32_t row = mtp_live_row(s);
-            CHECK(o.checkpoint ? row >= agreed : row == agreed);
+            CHECK(o.checkpoint ? row >= right : row == right);
             CHECK(h.target.outputs[row]);
             CHECK(h.target.batch_pos[row] == mtp_n_past(s) - 1);
         }
         CHECK(mtp_settle(s) == MTP_OK);
         mtp_counters c{};
         mtp_session_counters(s, &c);
-        CHECK(c.n_target_decodes == c.n_rounds);
+        CHECK(c.n_target_decodes == c.n_rounds + replays);
         CHECK(h.draft.n_decodes == c.n_draft_decodes);
         CHECK((replays > 0) == o.checkpoint);
         CHECK(h.faults() == "");
@@ -116,9 +114,8 @@ TEST(given_drafts_are_bounded) {
             generation    g(h, s, prompt_of(9), 4, 200);
             while (g.text.size() < 80) {
                 const int32_t pos = static_cast<int32_t>(g.text.size()) - 1;
-                const bool    replays_only = g.step.replays_next != 0;
                 CHECK(next(s, g.text.back(), pos, rule_of(depth), drafts_at(h, pos, 80, 2), g.step) == MTP_OK);
-                CHECK(g.step.n_drafted == (replays_only ? 0 : std::min(depth, 4)));
+                CHECK(g.step.n_drafted == std::min(depth, 4));
                 CHECK(g.step.n_picks == g.step.n_drafted);
                 CHECK(g.step.draft_ns == 0);
                 g.text.push_back(g.step.token);

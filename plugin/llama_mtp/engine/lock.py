@@ -19,6 +19,7 @@ class Entry:
         self._lock = threading.RLock()
         self._owner: int | None = None  # thread that is inside
         self._depth = 0
+        self._brief: list[None] = []  # one for each thread that comes in for a moment, or wants to
         self._closing = False
 
     @property
@@ -37,12 +38,19 @@ class Entry:
 
     @contextmanager
     def wait(self) -> Iterator[None]:
-        """Come in when the step of another thread is over, for reading or setting a number."""
-        self._come_in(wait=True)
+        """Come in when the step of another thread is over, for reading or setting a number.
+
+        A step that begins meanwhile waits for that moment.
+        """
+        self._brief.append(None)
         try:
-            yield
+            self._come_in(wait=True)
+            try:
+                yield
+            finally:
+                self.__exit__()
         finally:
-            self.__exit__()
+            self._brief.pop()
 
     @contextmanager
     def last(self) -> Iterator[None]:
@@ -59,7 +67,7 @@ class Entry:
     def _come_in(self, *, wait: bool) -> None:
         got = False
         try:
-            got = self._lock.acquire(blocking=wait)
+            got = self._lock.acquire(blocking=wait or bool(self._brief))
             if not got:
                 raise ClosedError() if self._closing else BusyError()
             # After the lock was taken: a close may have begun, and ended, before that.
