@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import models
 import pytest
 from llama_cpp import _internals
+
+if TYPE_CHECKING:
+    from models.hf import Oracle
 
 ModelFactory = Callable[..., models.Model]
 StockFactory = Callable[..., Any]
@@ -94,3 +98,28 @@ def _factory(cls: Any, **defaults: Any) -> Iterator[Callable[..., Any]]:
     yield make
     for llama in made:
         llama.close()
+
+
+@pytest.fixture
+def pair(model: ModelFactory, tmp_path: Path) -> tuple[models.Model, Path]:
+    """Return a hybrid model with a head, and its trunk in a file of its own."""
+    from llama_mtp.heads.split import strip
+
+    m = model("qwen35")
+    return m, strip(m.path, tmp_path / "trunk.gguf")
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Oracle]:
+    """Return ``oracle(arch, n_heads)``: a constructed model whose head is an HF checkpoint, too."""
+    from models.hf import Oracle
+
+    built: dict[tuple[str, int], Oracle] = {}
+
+    def get(arch: str, n_heads: int = 1) -> Oracle:
+        if (arch, n_heads) not in built:
+            folder = tmp_path_factory.mktemp("oracle") / arch
+            built[arch, n_heads] = Oracle(arch, folder, n_heads)
+        return built[arch, n_heads]
+
+    return get

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-import time
 from pathlib import Path
 
 import gguf
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models.files import BLOCK, HEAD, TRUNK, with_head, write_header
 
 from llama_mtp.errors import ModelFileError
 from llama_mtp.gguf.header import ArrayInfo, read_header
@@ -21,60 +20,18 @@ from llama_mtp.gguf.types import BLOCKS
 from llama_mtp.heads.architectures import ARCHITECTURES, NOT_EXECUTABLE, rollback_of
 from llama_mtp.heads.check import HeadReport, check_head
 
-HEAD = ("nextn.eh_proj.weight", "nextn.enorm.weight", "nextn.hnorm.weight")
-BLOCK = ("attn_norm.weight", "attn_q.weight", "ffn_norm.weight", "ffn_down.weight")
-TRUNK = tuple(f"blk.{layer}.{name}" for layer in range(2) for name in BLOCK)
-
-
-def write_gguf(
-    path: Path,
-    architecture: str = "qwen35",
-    tensors: tuple[str, ...] = TRUNK,
-    *,
-    n_layers: int = 2,
-    n_heads: int | None = None,
-    split: tuple[int, int, int] | None = None,
-) -> Path:
-    """A GGUF of 32-float tensors. `split` is (number, parts, tensors of all parts)."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(n_layers)
-    writer.add_embedding_length(8)
-    writer.add_context_length(64)
-    writer.add_array("tokenizer.ggml.tokens", ["a", "", "ß" * 90, "\x00"])
-    writer.add_array("tokenizer.ggml.scores", [0.5, 1.0])
-    writer.add_string("general.name", "Ein Name: ß")
-    writer.add_bool("general.flag", True)
-    writer.add_float64("general.double", 0.25)
-    if n_heads is not None:
-        writer.add_uint32(f"{architecture}.nextn_predict_layers", n_heads)
-    if split:
-        writer.add_uint16("split.no", split[0])
-        writer.add_uint16("split.count", split[1])
-        writer.add_int32("split.tensors.count", split[2])
-    for name in tensors:
-        writer.add_tensor(name, np.arange(32, dtype=np.float32).reshape(4, 8))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def with_head(*blocks: int, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
-    return TRUNK + tuple(f"blk.{b}.{name}" for b in blocks for name in (*HEAD, *BLOCK, *extra))
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("header") / "small.gguf"
-    return write_gguf(path, tensors=with_head(2), n_layers=3, n_heads=1).read_bytes()
+    return write_header(path, tensors=with_head(2), n_layers=3, n_heads=1).read_bytes()
 
 
 # ---- reading ------------------------------------------------------------------------------------
 
 
 def test_agrees_with_the_gguf_package(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tensors=with_head(2), n_layers=3, n_heads=1)
+    path = write_header(tmp_path / "m.gguf", tensors=with_head(2), n_layers=3, n_heads=1)
     header, reader = read_header(path), gguf.GGUFReader(path)
     assert header.file_size == path.stat().st_size
     assert header.metadata["general.name"] == "Ein Name: ß"
@@ -108,7 +65,7 @@ def test_version_2_reads_the_same(tmp_path: Path, small: bytes) -> None:
 
 def test_split_file_lists_the_tensors_of_all_parts(tmp_path: Path) -> None:
     names = with_head(2)
-    first = write_gguf(
+    first = write_header(
         tmp_path / "m-00001-of-00002.gguf",
         tensors=names[:5],
         n_layers=3,
@@ -117,7 +74,7 @@ def test_split_file_lists_the_tensors_of_all_parts(tmp_path: Path) -> None:
     )
     with pytest.raises(ModelFileError, match=r"m-00002-of-00002\.gguf cannot be read"):
         read_header(first)
-    second = write_gguf(
+    second = write_header(
         tmp_path / "m-00002-of-00002.gguf", tensors=names[5:], split=(1, 2, len(names))
     )
     header = read_header(first)
@@ -203,11 +160,8 @@ def test_a_flipped_bit_in_any_byte_of_the_header_is_survived(tmp_path: Path, sma
             file.write(small[position : position + 1])
 
 
-# ---- speed --------------------------------------------------------------------------------------
-
-
-def test_large_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """248k tokens and as many merges, scores and types; prints the time, asserts the content."""
+def test_a_large_vocabulary_is_counted(tmp_path: Path) -> None:
+    """248k tokens and as many merges, scores and types."""
     n = 248_320
     strings = b"".join(
         struct.pack("<Q", 6 + i % 9) + b"%06d" % i + b"x" * (i % 9) for i in range(n)
@@ -226,22 +180,17 @@ def test_large_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     ]
     path = tmp_path / "vocabulary.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(entries)) + b"".join(entries))
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        report = check_head(path)
-        times.append(time.perf_counter() - start)
-    assert report.n_layer_trunk == 7
-    assert read_header(path).metadata["tokenizer.ggml.merges"] == ArrayInfo(8, n)
-    with capsys.disabled():
-        print(f"\ncheck_head, {n} tokens and merges: {1000 * min(times):.1f} ms (best of 3)")
+    model = Gguf.open(path)
+    assert check_head(model).n_layer_trunk == 7
+    assert model.n_tokens == n
+    assert model.metadata["tokenizer.ggml.merges"] == ArrayInfo(8, n)
 
 
 # ---- the head -----------------------------------------------------------------------------------
 
 
 def test_executable_head(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tensors=with_head(2), n_layers=3, n_heads=1)
+    path = write_header(tmp_path / "m.gguf", tensors=with_head(2), n_layers=3, n_heads=1)
     assert check_head(path) == HeadReport(
         architecture="qwen35",
         n_layer_trunk=2,
@@ -265,7 +214,7 @@ def test_executable_head(tmp_path: Path) -> None:
 
 def test_chained_heads_are_counted(tmp_path: Path) -> None:
     tensors = with_head(2, 3, 4, extra=("ffn_gate.weight", "ffn_up.weight"))
-    path = write_gguf(tmp_path / "m.gguf", "step35", tensors, n_layers=5, n_heads=3)
+    path = write_header(tmp_path / "m.gguf", "step35", tensors, n_layers=5, n_heads=3)
     report = check_head(path)
     assert report.executable
     assert (report.n_layer_trunk, report.n_heads) == (2, 3)
@@ -279,12 +228,12 @@ def obstacle(path: Path) -> str:
 
 
 def test_no_head(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", "llama")
+    path = write_header(tmp_path / "m.gguf", "llama")
     assert "no llama.nextn_predict_layers" in obstacle(path)
 
 
 def test_declared_head_whose_tensors_were_dropped(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tensors=TRUNK, n_layers=3, n_heads=1)
+    path = write_header(tmp_path / "m.gguf", tensors=TRUNK, n_layers=3, n_heads=1)
     assert "blk.2.nextn.eh_proj.weight" in obstacle(path)
     assert set(check_head(path).missing) == {
         *(f"blk.2.{name}" for name in HEAD),
@@ -296,50 +245,50 @@ def test_declared_head_whose_tensors_were_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dropped", [*HEAD, "attn_q.weight", "ffn_down.weight"])
 def test_head_with_one_tensor_missing(tmp_path: Path, dropped: str) -> None:
     tensors = tuple(name for name in with_head(2) if name != f"blk.2.{dropped}")
-    path = write_gguf(tmp_path / "m.gguf", tensors=tensors, n_layers=3, n_heads=1)
+    path = write_header(tmp_path / "m.gguf", tensors=tensors, n_layers=3, n_heads=1)
     assert "lacks blk.2." in obstacle(path)
 
 
 @pytest.mark.parametrize("name", [name for name, a in ARCHITECTURES.items() if a.requires])
 def test_tensors_that_one_architecture_requires(tmp_path: Path, name: str) -> None:
-    path = write_gguf(tmp_path / "m.gguf", name, with_head(2), n_layers=3, n_heads=1)
+    path = write_header(tmp_path / "m.gguf", name, with_head(2), n_layers=3, n_heads=1)
     assert "lacks blk.2." in obstacle(path)
     extra = tuple(r for r in ARCHITECTURES[name].requires if r not in BLOCK)
     whole = with_head(2, extra=extra)
-    assert check_head(write_gguf(path, name, whole, n_layers=3, n_heads=1)).executable
+    assert check_head(write_header(path, name, whole, n_layers=3, n_heads=1)).executable
 
 
 @pytest.mark.parametrize("name", NOT_EXECUTABLE)
 def test_declared_but_no_graph(tmp_path: Path, name: str) -> None:
-    path = write_gguf(tmp_path / "m.gguf", name, with_head(2), n_layers=3, n_heads=1)
+    path = write_header(tmp_path / "m.gguf", name, with_head(2), n_layers=3, n_heads=1)
     assert obstacle(path) == NOT_EXECUTABLE[name] + "."
 
 
 def test_unknown_architecture(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", "novel", with_head(2), n_layers=3, n_heads=1)
+    path = write_header(tmp_path / "m.gguf", "novel", with_head(2), n_layers=3, n_heads=1)
     assert "architecture novel" in obstacle(path)
 
 
 def test_a_head_that_shares_the_cache_is_told_to_be_one(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "g.gguf", "gemma4-assistant", TRUNK, n_layers=2, n_heads=2)
+    path = write_header(tmp_path / "g.gguf", "gemma4-assistant", TRUNK, n_layers=2, n_heads=2)
     assert "head without the model" in obstacle(path)
     assert "gemma4 model, and pass this file as spec_draft_model" in check_head(path).remedy
 
 
 def test_second_head_where_one_is_executed(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tensors=with_head(2, 3), n_layers=4, n_heads=2)
+    path = write_header(tmp_path / "m.gguf", tensors=with_head(2, 3), n_layers=4, n_heads=2)
     assert "executes one" in obstacle(path)
 
 
 def test_head_without_its_model(tmp_path: Path) -> None:
     tensors = with_head(2)[len(TRUNK) :]
-    path = write_gguf(tmp_path / "m.gguf", tensors=tensors, n_layers=3, n_heads=1)
+    path = write_header(tmp_path / "m.gguf", tensors=tensors, n_layers=3, n_heads=1)
     assert "without the model" in obstacle(path)
 
 
 @pytest.mark.parametrize(("n_layers", "n_heads"), [(2, 3), (513, 1)])
 def test_layer_counts_that_abort_the_host(tmp_path: Path, n_layers: int, n_heads: int) -> None:
-    path = write_gguf(tmp_path / "m.gguf", n_layers=n_layers, n_heads=n_heads)
+    path = write_header(tmp_path / "m.gguf", n_layers=n_layers, n_heads=n_heads)
     with pytest.raises(ModelFileError, match="aborts on"):
         check_head(path)
 

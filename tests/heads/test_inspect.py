@@ -19,7 +19,7 @@ from conftest import ModelFactory
 from models import large
 from models.families import FAMILIES
 from models.families.common import Files
-from test_header import TRUNK, write_gguf
+from models.files import TRUNK, write_header
 from typer.testing import CliRunner
 
 from llama_mtp import Llama, host
@@ -334,7 +334,7 @@ def test_an_assistant_wants_its_target(family: Any) -> None:
 @pytest.mark.parametrize("arch", [*NOT_EXECUTABLE, "llama"])
 def test_without_a_graph_there_is_nothing_to_do(tmp_path: Path, arch: str) -> None:
     heads = {} if arch == "llama" else {"n_heads": 1, "n_layers": 3}
-    found = inspect_file(write_gguf(tmp_path / "m.gguf", arch, TRUNK, **heads))
+    found = inspect_file(write_header(tmp_path / "m.gguf", arch, TRUNK, **heads))
     assert found.verdict == "none"
     assert found.next_command == "llama-mtp plugins"
     assert found.forecast is None

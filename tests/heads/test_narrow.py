@@ -18,9 +18,9 @@ from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 from hypothesis import given
 from hypothesis import strategies as st
 from models.cases import OPTIONS
+from models.drafts import PROMPT, drafted, text
 from models.families import FAMILIES
-from test_graft import contents
-from test_own_output import PROMPT, drafted, text
+from models.files import contents
 from typer.testing import CliRunner
 
 from llama_mtp import Llama

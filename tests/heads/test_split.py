@@ -14,8 +14,8 @@ from conftest import COMMON, LlamaFactory, ModelFactory, StockFactory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models.families import FAMILIES
+from models.files import contents, metadata, rewrite
 from sampling import GREEDY
-from test_graft import contents, metadata, rewrite
 from typer.testing import CliRunner
 
 from llama_mtp import Llama
