@@ -88,6 +88,16 @@ def test_unknown_family_is_told_which_are_known(
     assert all(name in message for name in MODEL.values())
 
 
+@pytest.mark.parametrize("value", [None, 5, "Qwen3NextForCausalLM", {}, [3, ["a"], {}]])
+def test_a_config_that_names_no_model_is_refused(
+    oracle: Callable[..., Oracle], tmp_path: Path, value: Any
+) -> None:
+    model = oracle("qwen35")
+    folder = write_oracle(model, tmp_path)
+    (folder / "config.json").write_text(json.dumps({"architectures": value}))
+    assert "whose head this release cannot read" in refused(folder, model)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

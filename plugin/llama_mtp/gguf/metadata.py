@@ -46,19 +46,18 @@ def elements_type(key: str, raw: bytes) -> int:
 
 def metadata_of(header: Header) -> dict[str, bytes]:
     """Return the metadata of a file, key to entry, in the file's order."""
+    metadata = {}
     with header.path.open("rb") as file:
-        return {key: _read(file, *place) for key, place in header.entries.items()}
+        for key, (start, end) in header.entries.items():
+            file.seek(start)
+            metadata[key] = file.read(end - start)
+    return metadata
 
 
 def packed_text(text: str) -> bytes:
     """Return a string as GGUF files hold it: its length in bytes, and UTF-8."""
     data = text.encode("utf-8", "surrogateescape")
     return struct.pack("<Q", len(data)) + data
-
-
-def _read(file: Any, start: int, end: int) -> bytes:
-    file.seek(start)
-    return bytes(file.read(end - start))
 
 
 def _kind_of(values: Sequence[Any]) -> int:

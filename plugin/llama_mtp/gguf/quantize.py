@@ -73,8 +73,6 @@ def requantize(tensor: TensorSource, wanted: int) -> TensorSource:
     kind = type_for(tensor, wanted)
     if kind == tensor.type:
         return tensor
-    row = tensor.shape[0]
-    n_rows = prod(tensor.shape[1:])
     block, size = BLOCKS[kind]
 
     def chunks() -> Iterator[Chunk]:
@@ -82,14 +80,8 @@ def requantize(tensor: TensorSource, wanted: int) -> TensorSource:
         for values in rows_of(tensor):
             yield quantize(_fit(values, kind, tensor.name), kind)
 
-    return replace(
-        tensor,
-        type=kind,
-        n_bytes=row // block * size * n_rows,
-        chunks=chunks,
-        path=None,
-        offset=0,
-    )
+    n_bytes = prod(tensor.shape) // block * size
+    return replace(tensor, type=kind, n_bytes=n_bytes, chunks=chunks, path=None, offset=0)
 
 
 def rows_of(tensor: TensorSource) -> Iterator[Floats]:
@@ -102,7 +94,7 @@ def rows_of(tensor: TensorSource) -> Iterator[Floats]:
         raise ModelFileError(f"Tensor {tensor.name} has the unknown ggml type {tensor.type}.")
     block, size = BLOCKS[tensor.type]
     row, row_bytes = tensor.shape[0], tensor.shape[0] // block * size
-    at_once = max(1, CHUNK // (4 * row))
+    at_once = max(1, CHUNK // (4 * row))  # rows
     try:
         for data in _regroup(tensor.chunks(), row_bytes * at_once):
             raw = np.frombuffer(data, np.uint8).reshape(-1, row_bytes)

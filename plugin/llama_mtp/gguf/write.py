@@ -260,26 +260,27 @@ def _write_data(
                 _copy(opened[tensor.path], file.fileno(), tensor, meter)
             else:
                 written = total = 0
-                for chunk in map(memoryview, tensor.chunks()):
+                for chunk in tensor.chunks():
                     total = zlib.crc32(chunk, total)
-                    _write(file.fileno(), chunk)
-                    written += chunk.nbytes
-                    meter.add(chunk.nbytes)
+                    n_bytes = _write(file.fileno(), chunk)
+                    written += n_bytes
+                    meter.add(n_bytes)
                 if written != tensor.n_bytes:
                     raise ModelFileError(
                         f"Tensor {tensor.name} came with {written} bytes of {tensor.n_bytes}. "
                         "Download or convert its file again."
                     )
                 sums[tensor.name] = total
-            _write(file.fileno(), bytes(padding))
-            meter.add(padding)
+            meter.add(_write(file.fileno(), bytes(padding)))
     return sums
 
 
-def _write(handle: int, data: Chunk) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[os.write(handle, view) :]
+def _write(handle: int, data: Chunk) -> int:
+    """Write all of it, and return the bytes."""
+    view = left = memoryview(data).cast("B")
+    while left:
+        left = left[os.write(handle, left) :]
+    return view.nbytes
 
 
 # What a kernel answers that cannot copy between these two files by itself.
@@ -305,8 +306,7 @@ def _copy(source: int, target: int, tensor: TensorSource, meter: _Meter) -> None
     if left:
         assert tensor.path is not None
         for chunk in _read(tensor.path, offset, left):
-            _write(target, chunk)
-            meter.add(len(chunk))
+            meter.add(_write(target, chunk))
 
 
 def _compare(

@@ -84,8 +84,8 @@ def check_head(
     refuse_what_aborts(model)
     name, heads = model.architecture, model.declared
     untested = bool(heads) and name not in ARCHITECTURES and name not in NOT_EXECUTABLE
-    architecture = ARCHITECTURES.get(name) or (Architecture(gathers=True) if untested else None)
-    missing = _missing(model, architecture)
+    known = ARCHITECTURES.get(name, Architecture(gathers=untested))
+    missing = () if name in NOT_EXECUTABLE else _missing(model, known)
     reason, remedy = _obstacle(model, missing, target, allow_untested)
     return HeadReport(
         architecture=name,
@@ -98,19 +98,19 @@ def check_head(
         reason=reason and f"{reason}.",
         remedy=remedy,
         rollback=rollback_of(name),
-        gathers=architecture is not None and architecture.gathers,
-        mrope=architecture is not None and architecture.mrope,
-        chained=architecture is not None and architecture.chained and len(heads) > 1,
-        shares_kv=architecture is not None and architecture.shares_kv,
+        gathers=known.gathers,
+        mrope=known.mrope,
+        chained=known.chained and len(heads) > 1,
+        shares_kv=known.shares_kv,
         untested=untested,
         narrow=any(key.startswith(NARROW) for key in model.metadata),
         file=model,
     )
 
 
-def _missing(model: Gguf, architecture: Architecture | None) -> tuple[str, ...]:
+def _missing(model: Gguf, architecture: Architecture) -> tuple[str, ...]:
     """The tensors that the head's graph uses and the file lacks."""
-    if architecture is None or architecture.shares_kv:
+    if architecture.shares_kv:
         return ()
     missing = []
     for block in model.declared:

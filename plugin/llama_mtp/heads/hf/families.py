@@ -74,18 +74,18 @@ class Family:
     @property
     def place(self) -> str:
         """Template of what the names of a head's tensors begin with."""
-        return _LAYER[1:-2] if self.parts.startswith(_LAYER) else "mtp."
+        return _TRUNK_LAYER if self.parts.startswith(_LAYER) else "mtp."
 
 
 def family_of(config: Config) -> Family | None:
     """Find the family of an HF checkpoint by its config.json."""
     models = config.get("architectures")
-    found = (f for m in models for f in FAMILIES if m in f.models) if models else iter(())
-    return next(found, None) if isinstance(models, list) else None
+    models = models if isinstance(models, list) else []
+    return next((f for model in models for f in FAMILIES if model in f.models), None)
 
 
 def parts_of(table: str) -> Parts:
-    """Read a table."""
+    """Read a table; of two lines with one GGUF name the later counts."""
     parts: Parts = {}
     prefix = ""
     for gguf, *names in filter(None, map(str.split, table.splitlines())):
@@ -118,7 +118,8 @@ def _experts(place: str = "mlp.experts", fused: str = "gate up") -> str:
     return _each(fused, apart + stacked + both) + _each("down", apart + stacked)
 
 
-_LAYER = "[model.layers.{layer}.]\n"
+_TRUNK_LAYER = "model.layers.{layer}."
+_LAYER = f"[{_TRUNK_LAYER}]\n"
 _MTP_LAYER = "[mtp.layers.{head}.]\n"
 _JOIN = """
     nextn.eh_proj.weight            eh_proj.weight

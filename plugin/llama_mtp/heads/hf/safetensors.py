@@ -133,9 +133,7 @@ class Checkpoint:
         self._shards: dict[str, dict[str, StoredTensor]] = {}
         self._place: dict[str, tuple[str, str]] = {}  # plain name: (shard, name in it)
         index = self.folder / "model.safetensors.index.json"
-        listed: set[str] = set()
-        if index.is_file():
-            listed = self._read_index(index)
+        listed = self._read_index(index) if index.is_file() else set()
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name not in listed:  # all of them without an index; else a head of its own
                 for name in self._shard(path.name):
