@@ -19,59 +19,16 @@ import llama_cpp as _package
 import numpy as np
 import numpy.typing as npt
 from llama_cpp import _internals as internals
-from llama_cpp import _logger
 from llama_cpp import llama_cpp as C
 from llama_cpp.llama import Llama as StockLlama
-from llama_cpp.llama import LlamaRAMCache, LlamaState, LogitsProcessorList
+from llama_cpp.llama import LlamaRAMCache as LlamaRAMCache
+from llama_cpp.llama import LlamaState as LlamaState
+from llama_cpp.llama import LogitsProcessorList as LogitsProcessorList
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-from llama_cpp.llama_tokenizer import LlamaTokenizer as StockTokenizer
+from llama_cpp.llama_tokenizer import LlamaTokenizer as StockTokenizer  # noqa: F401
 from packaging.version import Version
 
 from .errors import HostVersionError, NativeError, SpecTypeError
-
-__all__ = [
-    "DRAFT_UBATCH",
-    "BufferSizes",
-    "C",
-    "Jinja2ChatFormatter",
-    "LlamaRAMCache",
-    "LlamaState",
-    "LogitsProcessorList",
-    "StockLlama",
-    "StockTokenizer",
-    "address_of",
-    "address_of_sampler",
-    "address_table",
-    "architecture",
-    "batch_layout",
-    "build_flags",
-    "can_offload",
-    "check_version",
-    "cpu_count",
-    "decode",
-    "devices",
-    "draft_context",
-    "draft_model",
-    "internals",
-    "is_end_of_generation",
-    "library_path",
-    "load_memory",
-    "logits_row",
-    "memory_end",
-    "memory_is_sound",
-    "n_embd_out",
-    "n_rs_seq",
-    "pick",
-    "plan_anew",
-    "pointer_to",
-    "rows_with_logits",
-    "save_memory",
-    "simulate_loading",
-    "tokenizer",
-    "twin",
-    "version",
-    "vocabulary_of",
-]
 
 _OLDEST = (0, 3, 36)
 
@@ -132,7 +89,7 @@ def address_of(name: str) -> int:
             function = getattr(C._lib, spelling)
         except AttributeError:
             continue
-        return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+        return _address(function)
     raise HostVersionError(
         f"The host library has no {name}; install a llama-cpp-python release that this plugin "
         "supports (>= 0.3.36)."
@@ -160,7 +117,7 @@ def cpu_count() -> int:
 
 def address_of_sampler(chain: Any) -> int:
     """Return the address of the ``llama_sampler`` chain inside an ``internals.LlamaSampler``."""
-    return int(ctypes.cast(chain.sampler, ctypes.c_void_p).value or 0)
+    return _address(chain.sampler)
 
 
 def memory_end(context: Any) -> int:
@@ -258,18 +215,33 @@ class BufferSizes(contextlib.AbstractContextManager["BufferSizes"]):
         return parts
 
     def __enter__(self) -> BufferSizes:
+        before, data = self._before = _log_callback()
+
         def listen(level: int, text: bytes, user_data: Any) -> None:
             for device, part, size in self._LINE.findall(text.decode("utf-8", "replace")):
                 held = self.by_device.get((part, device), 0)
                 self.by_device[part, device] = held + round(float(size) * 2**20)
-            _logger.llama_log_callback(level, text, user_data)
+            if before:
+                before(level, text, data)
 
         self._listen = C.llama_log_callback(listen)  # the host keeps the pointer only
-        C.llama_log_set(self._listen, ctypes.c_void_p(0))
+        C.llama_log_set(self._listen, None)
         return self
 
     def __exit__(self, *_: object) -> None:
-        C.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+        if _address(_log_callback()[0]) == _address(self._listen):  # else somebody set another
+            C.llama_log_set(*self._before)
+
+
+def _log_callback() -> tuple[Any, Any]:
+    """Return the callback that the host's log lines go to, and its data."""
+    callback, data = C.llama_log_callback(), ctypes.c_void_p()
+    C.llama_log_get(ctypes.byref(callback), ctypes.byref(data))
+    return callback, data
+
+
+def _address(pointer: Any) -> int:
+    return int(ctypes.cast(pointer, ctypes.c_void_p).value or 0)
 
 
 def plan_anew(context: Any) -> None:
@@ -381,7 +353,7 @@ def draft_context(
 
 def vocabulary_of(model: Any) -> int:
     """Return the address of the ``llama_vocab`` of an ``internals.LlamaModel``."""
-    return int(ctypes.cast(C.llama_model_get_vocab(model.model), ctypes.c_void_p).value or 0)
+    return _address(C.llama_model_get_vocab(model.model))
 
 
 # --- measuring ------------------------------------------------------------------------------------
