@@ -24,8 +24,8 @@ from llama_cpp.llama import Llama as StockLlama
 from llama_cpp.llama import LlamaRAMCache as LlamaRAMCache
 from llama_cpp.llama import LlamaState as LlamaState
 from llama_cpp.llama import LogitsProcessorList as LogitsProcessorList
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-from llama_cpp.llama_tokenizer import LlamaTokenizer as StockTokenizer  # noqa: F401
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter as Jinja2ChatFormatter
+from llama_cpp.llama_tokenizer import LlamaTokenizer as StockTokenizer  # noqa: F401 - for the rest of the package
 from packaging.version import Version
 
 from .errors import HostVersionError, NativeError, SpecTypeError
