@@ -36,7 +36,7 @@ class Rule:
         go: float32 ``[depth]``.
         price: float32 ``[depth + 1]``, in tokens; infinite where so many are never verified.
         window: most rows that a draft which has been away reads of the text; 0: as many as
-            ``LLAMA_MTP_PREFILL_WINDOW``.
+            ``spec_prefill_window``.
     """
 
     depth: int
@@ -44,25 +44,6 @@ class Rule:
     go: Floats
     price: Floats
     window: int = 0
-
-    def ask(self) -> int:
-        """How many drafts to ask of a drafter that has no confidence (class 0 throughout)."""
-        chance = 1.0
-        for k in range(self.depth):
-            if chance < self.go[k]:
-                return k
-            chance *= float(self.accept[k, 0])
-        return self.depth
-
-    def keep(self, classes: Sequence[int]) -> int:
-        """How many of the picks to verify, by their classes."""
-        best, value, chance, total = 0, 0.0, 1.0, 0.0
-        for k, c in enumerate(classes):
-            chance *= float(self.accept[k, c])
-            total += chance
-            if total - self.price[k + 1] >= value:
-                best, value = k + 1, total - float(self.price[k + 1])
-        return best
 
 
 def constant(depth: int) -> Rule:
@@ -81,7 +62,6 @@ def best_rule(
     draft: Doubles,
     accept: Doubles,
     shares: Doubles,
-    depth_min: int,
 ) -> tuple[float, Rule]:
     """Tokens that the best rule gains per round over a plain one at ``rate``, and that rule.
 
@@ -91,22 +71,20 @@ def best_rule(
         rate: tokens per ns that time is worth.
         target: ns of a decode that verifies 0, 1, ... drafts; its length bounds the depth.
         draft: ns of drafting 0, 1, ... tokens.
-        accept, shares: by position and class, chance that a pick is right and how often it is of
-            that class.
-        depth_min: fewer drafts are never verified.
+        accept: chance that a pick is right, by position and class.
+        shares: how often a pick is of each class.
     """
     n = len(target) - 1
     price = rate * (target - target[0])
-    price[1:depth_min] = np.inf
     steps = rate * np.diff(draft)
-    rows = np.diff(np.where(np.isinf(price), 0.0, price))  # too few are made good by more
+    rows = np.diff(price)
     go = np.full(n, 2.0)
     later = np.zeros(len(_GRID))  # gain of picks k + 1, k + 2, ... by P
     for k in range(n - 1, -1, -1):
         chance = _GRID[:, None] * accept[k][None, :]
         after = np.interp(chance, _GRID, np.maximum(later, 0.0))
         kept = np.maximum(chance - rows[k] + after, 0.0)
-        later = (kept * shares[k][None, :]).sum(axis=1) - steps[k]
+        later = (kept * shares).sum(axis=1) - steps[k]
         pays = np.flatnonzero(later > 0.0)
         if len(pays):
             i = int(pays[0])
@@ -119,7 +97,7 @@ def best_rule(
 
 
 def best_constant(
-    target: Doubles, draft: Doubles, accept: Sequence[float], depth_min: int
+    target: Doubles, draft: Doubles, accept: Sequence[float]
 ) -> tuple[int, float, float]:
     """The constant depth with the most tokens per ns, its tokens and its ns a round.
 
@@ -130,7 +108,7 @@ def best_constant(
         agreed *= accept[depth - 1]
         tokens += agreed
         ns = float(target[depth] + draft[depth])
-        if depth >= depth_min and tokens > rate * ns:
+        if tokens > rate * ns:
             best, rate = (depth, tokens, ns), tokens / max(ns, 1.0)
     return best
 
