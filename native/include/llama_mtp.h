@@ -177,7 +177,8 @@ int mtp_keep_rows(mtp_session * session, int on);
 /* --- a generation ------------------------------------------------------------------------------------------------- */
 
 /* A generation begins, or is taken up again, whose text starts with these n tokens, which the target holds. What a round
- * left behind is settled, the source of drafts forgets what says otherwise, and one that had failed is tried again. */
+ * left behind is settled, the source of drafts forgets what says otherwise, and one that had failed is tried again: best
+ * before the rest of a prompt is evaluated, so that it is shown that part. */
 int mtp_begin(mtp_session * session, const int32_t * tokens, int32_t n);
 
 /* Emits one token: samples the next row with the caller's llama_sampler chain, stepped exactly once. With no row left a
@@ -204,7 +205,8 @@ int mtp_accept_by_coin(mtp_session * session, const float * chances, int32_t n, 
 int mtp_reuse(mtp_session * session, const int32_t * text, int32_t n_text, const int32_t * prompt, int32_t n_prompt,
               int32_t * n_kept);
 
-/* Where in a prompt that ends at position `end` the evaluation should pause for a checkpoint, or -1. */
+/* Where in a prompt that ends at position `end` the evaluation should pause for a checkpoint, or -1. The target may hold
+ * more than that already; then there is none to make. */
 int32_t mtp_checkpoint_at(const mtp_session * session, int32_t end);
 
 /* Keeps a copy of the recurrent state after these n tokens, which the target holds, and of the hidden row that belongs to

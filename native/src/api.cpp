@@ -158,7 +158,7 @@ int mtp_reuse(mtp_session * session, const int32_t * text, int32_t n_text, const
 }
 
 int32_t mtp_checkpoint_at(const mtp_session * session, int32_t end) {
-    return session != nullptr ? session->checkpoints.place(end) : -1;
+    return session != nullptr && end >= 0 ? session->checkpoints.place(end) : -1;
 }
 
 int mtp_checkpoint(mtp_session * session, const int32_t * tokens, int32_t n) {

@@ -6,7 +6,7 @@
 //
 // A checkpoint is right only while the attention cells of its text are the ones that were there when it was made. Hence
 // one rule: where the memory changes from a position on, the checkpoints of longer texts are dropped. Those that are left
-// are prefixes of what the memory holds.
+// are prefixes of what the memory holds, and end where it does or before.
 #pragma once
 
 #include "state_copy.hpp"

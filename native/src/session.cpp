@@ -34,12 +34,7 @@ mtp_session::mtp_session(void * const * functions, int32_t n_functions, const mt
     : params(checked(p)), api(mtp::resolve(functions, n_functions, layout)), target(api, params),
       checkpoints(api, params.target, api.get_memory(params.target),
                   params.rollback == MTP_ROLLBACK_ATTENTION ? 0 : params.n_checkpoints),
-      source(params.draft != nullptr ? std::make_unique<mtp::head>(api, params) : nullptr) {
-    target.forget(target.host_end());
-    if (source) {
-        source->restart(target.n_past());
-    }
-}
+      source(params.draft != nullptr ? std::make_unique<mtp::head>(api, params, target.n_past()) : nullptr) {}
 
 void mtp_session::begin(const int32_t * tokens, int32_t n) {
     require(n >= 0 && (tokens != nullptr || n == 0), "begin needs the tokens of the text");
@@ -57,7 +52,8 @@ void mtp_session::process(const int32_t * tokens, int32_t n, int32_t pos) {
 }
 
 void mtp_session::capture(const int32_t * tokens, int32_t n, int32_t pos) {
-    require(tokens != nullptr && n > 0 && n <= params.n_batch && pos >= 0, "capture needs 1 to n_batch tokens");
+    require(tokens != nullptr && n > 0 && n <= params.n_batch, "capture needs 1 to n_batch tokens");
+    require(pos >= 0 && pos <= params.n_ctx - n, "captured tokens stand outside the context");
     counters = with_round();
     checkpoints.cut(pos);
     if (source && pos > target.n_past()) {
@@ -108,7 +104,6 @@ void mtp_session::begin_round(int32_t pos) {
         require(target.host_end() == pos, "the token's position does not follow the target's memory");
         const int32_t end = target.n_past();
         counters          = with_round();
-        checkpoints.cut(end);
         target.forget(pos);
         if (source) {
             source->cut(end);
@@ -116,7 +111,6 @@ void mtp_session::begin_round(int32_t pos) {
     } else if (target.in_round() || pos < target.n_past() || !target.can_truncate(pos)) {
         truncate(pos);  // ends the round, and goes further back where asked, with one removal
     }
-    checkpoints.cut(pos);
 }
 
 mtp::picks mtp_session::propose(int32_t last, int32_t pos, const mtp_rule * rule, const int32_t * drafts,

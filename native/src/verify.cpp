@@ -17,6 +17,7 @@ verifier::verifier(const host_api & api, const mtp_session_params & params)
     if (params_.draft != nullptr) {
         api_.set_embeddings_nextn(params_.target, true, false);
     }
+    forget(host_end());
 }
 
 // How many positions can be taken back after a decode of n_rows that ends at base + rows.
@@ -77,8 +78,7 @@ void verifier::clear() {
 }
 
 bool verifier::can_truncate(int32_t n_past) const {
-    const int32_t back = base_ + rows() - n_past;
-    return n_past >= 0 && n_past <= this->n_past() && (n_past == 0 || back <= undo_);
+    return n_past >= 0 && n_past <= this->n_past() && (n_past == 0 || base_ + rows() - n_past <= undo_);
 }
 
 void verifier::truncate(int32_t n_past) {

@@ -232,6 +232,7 @@ void * get_memory(const void * ctx) {
 void memory_clear(void * memory, bool) {
     context & c = of(memory);
     CHECK(is_target(c) || !current->opt.shares_kv);  // would wipe the target's cells
+    current->fails("memory_clear");
     c.clear();
 }
 
@@ -273,6 +274,9 @@ int32_t seq_pos_min(void * memory, int32_t) {
 }
 
 int32_t seq_pos_max(void * memory, int32_t) {
+    if (current->fails("seq_pos_max")) {
+        return -1;
+    }
     const context & c = of(memory);
     return (is_recurrent(c) ? std::min(c.end(), static_cast<int32_t>(c.state.size())) : c.end()) - 1;
 }

@@ -14,7 +14,7 @@ static int open(const mtp_session_params & p, mtp_session *& s) {
 }
 
 TEST(opening_can_fail_and_leaks_nothing) {
-    const char * names[] = { "get_memory", "chain_init", "init_greedy", "set_sampler" };
+    const char * names[] = { "get_memory", "chain_init", "init_greedy", "set_sampler", "seq_pos_max", "memory_clear" };
     for (const char * name : names) {
         for (int nth : { 1, 2 }) {
             for (bool throws : { false, true }) {
@@ -110,6 +110,9 @@ TEST(bad_arguments_are_refused_and_change_nothing) {
     CHECK(mtp_next(s, sampler, 1, end, rule_of(3), nullptr, 1, &step) == MTP_INVALID);
     CHECK(mtp_next(s, sampler, 1, end, rule_of(3), &token, -1, &step) == MTP_INVALID);
     CHECK(next(s, 1, end, rule_of(-1, 0), step) == MTP_INVALID);
+    auto narrow_rule   = constant_rule(3, 0);
+    narrow_rule.window = -1;
+    CHECK(next(s, 1, end, &narrow_rule, step) == MTP_INVALID);
     CHECK(next(s, 1, end + 5, rule_of(3, 0), step) == MTP_INVALID);
     CHECK(mtp_settle(s) == MTP_OK);
     CHECK(next(s, -1, end, rule_of(3, 0), step) == MTP_INVALID);
@@ -121,6 +124,11 @@ TEST(bad_arguments_are_refused_and_change_nothing) {
     CHECK(mtp_capture(s, nullptr, 1, 0) == MTP_INVALID);
     CHECK(mtp_capture(s, &token, 0, 0) == MTP_INVALID);
     CHECK(mtp_capture(s, many.data(), 9, -1) == MTP_INVALID);
+    CHECK(mtp_capture(s, many.data(), 9, 0x7fffffff) == MTP_INVALID);
+    CHECK(mtp_checkpoint_at(s, -1) == -1);
+    CHECK(mtp_checkpoint_at(s, -0x7fffffff - 1) == -1);
+    CHECK(mtp_can_truncate(s, -0x7fffffff - 1) == 0);
+    CHECK(mtp_truncate(s, -0x7fffffff - 1) == MTP_INVALID);
     CHECK(mtp_truncate(s, -1) == MTP_INVALID);
     CHECK(mtp_truncate(s, end + 1) == MTP_INVALID);
     CHECK(mtp_forget(s, -1) == MTP_INVALID);

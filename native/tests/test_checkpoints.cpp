@@ -25,12 +25,12 @@ TEST(a_checkpoint_brings_its_hidden_row) {
         g.text = prompt;
         g.text.push_back(h.truth[50]);
         g.run(90);
-        CHECK(mtp_checkpoint(s, prompt.data(), 46) == MTP_INVALID);  // in a round
-        CHECK(mtp_settle(s) == MTP_OK);
+        const auto text = g.evaluated();
+        CHECK(mtp_checkpoint(s, text.data(), static_cast<int32_t>(text.size())) == MTP_INVALID);  // in a round
         auto other = prompt;
         other[47]  = (other[47] + 1) % fake::n_vocab;
         h.draft_positions.clear();
-        const int32_t kept = reuse(s, g.evaluated(), other);
+        const int32_t kept = reuse(s, text, other);
         CHECK(kept == 46);
         CHECK(mtp_n_past(s) == 46);
         CHECK(mtp_n_past_draft(s) == 46);
@@ -42,8 +42,11 @@ TEST(a_checkpoint_brings_its_hidden_row) {
         CHECK(h.n_unknown_rows == 0);
         CHECK(h.faults() == "");
         CHECK(!h.target.poisoned);
+        CHECK(mtp_settle(s) == MTP_OK);
+        CHECK(h.draft.start == 0);  // what it read of the kept part is still there
         CHECK(counters_of(s).n_checkpoints_restored == 1);
         CHECK(counters_of(s).n_tokens_kept == 46);
+        CHECK(counters_of(s).n_sampled == h.n_samples);
         mtp_session_close(s, 1);
     }
 }

@@ -154,25 +154,86 @@ TEST(failures_are_counted_in_one_generation) {
 
 // It dies while it catches up with what waits: not one decode more.
 TEST(a_draft_that_dies_catching_up_is_left_alone_at_once) {
-    host          h(options{});
-    mtp_session * s = h.open();
-    generation    g(h, s, prompt_of(9), 3, 250);
-    for (int failed = 0; failed < 2; ++failed) {
+    for (int32_t waiting = 10; waiting <= 20; ++waiting) {  // 16 fit
+        host          h(options{});
+        mtp_session * s = h.open();
+        generation    g(h, s, prompt_of(9), 3, 250);
+        for (int failed = 0; failed < 2; ++failed) {
+            h.fail_in["decode draft"] = 1;
+            do {
+                CHECK(g.try_next() == MTP_OK);
+            } while (!h.fail_in.empty());
+        }
+        CHECK(mtp_settle(s) == MTP_OK);
+        g.depth = 0;
+        g.run(static_cast<int32_t>(g.text.size()) + waiting);
+        g.depth = 3;
+        const auto decodes = counters_of(s).n_draft_decodes;
         h.fail_in["decode draft"] = 1;
-        do {
-            CHECK(g.try_next() == MTP_OK);
-        } while (!h.fail_in.empty());
+        CHECK(g.try_next() == MTP_OK);
+        CHECK(is_dead(s));
+        CHECK(counters_of(s).n_draft_decodes == decodes + 1);
+        g.run(120);
+        CHECK(h.faults() == "");
+        mtp_session_close(s, 1);
     }
-    CHECK(mtp_settle(s) == MTP_OK);
-    g.depth = 0;
-    g.run(static_cast<int32_t>(g.text.size()) + h.opt.n_batch);  // as many rows wait as fit
-    g.depth = 3;
-    const int decodes = counters_of(s).n_draft_decodes;
-    h.fail_in["decode draft"] = 1;
-    CHECK(g.try_next() == MTP_OK);
-    CHECK(is_dead(s));
-    CHECK(counters_of(s).n_draft_decodes == decodes + 1);
-    g.run(120);
-    CHECK(h.faults() == "");
-    mtp_session_close(s, 1);
+}
+
+// A generation may begin before the rest of its prompt is evaluated: the draft then reads that part.
+TEST(a_draft_that_is_revived_early_reads_the_prompt) {
+    for (const auto & o : kinds()) {
+        for (bool dead : { true, false }) {
+            host          h(o);
+            mtp_session * s = h.open();
+            generation    g(h, s, prompt_of(50), 3, 250);
+            CHECK(mtp_checkpoint(s, g.text.data(), 50) == MTP_OK);
+            if (dead) {
+                kill(h, g);
+            }
+            g.run(100);
+            const auto text   = g.evaluated();
+            auto       prompt = text;
+            prompt[60]        = (prompt[60] + 1) % fake::n_vocab;
+            const int32_t kept = reuse(s, text, prompt);
+            CHECK(kept == (o.recurrent || o.checkpoint ? 50 : dead ? 60 : 59));  // a dead one lacks nothing
+            CHECK(mtp_replay(s) == MTP_OK);
+            CHECK(mtp_begin(s, prompt.data(), kept) == MTP_OK);
+            h.draft_positions.clear();
+            h.truth = host::plain_text(prompt, 250);
+            h.eval(s, { prompt.begin() + kept, prompt.end() }, kept);
+            g.text = prompt;
+            g.text.push_back(h.truth[prompt.size()]);
+            CHECK(g.try_next() == MTP_OK);
+            CHECK(g.step.n_drafted == 3);
+            CHECK(o.shares_kv || h.draft_positions.front() == (dead ? kept : o.recurrent || o.checkpoint ? 50 : 60));
+            CHECK(o.shares_kv || h.draft.start == (dead ? kept : 0));
+            g.run(200);
+            CHECK(h.faults() == "");
+            CHECK(h.n_unknown_rows <= (dead ? o.n_heads : 0));
+            mtp_session_close(s, 1);
+        }
+    }
+}
+
+// The draft of a checkpoint that stands behind where the draft began anew: it begins there, with the row that was kept.
+TEST(a_draft_that_began_before_a_checkpoint_goes_on_from_it) {
+    for (bool snapshots : { false, true }) {
+        host          h(recurrent(snapshots));
+        mtp_session * s = h.open();
+        generation    g(h, s, prompt_of(50), 3, 250);
+        CHECK(mtp_checkpoint(s, g.text.data(), 50) == MTP_OK);
+        kill(h, g);
+        g.run(100);
+        CHECK(mtp_begin(s, g.text.data(), 10) == MTP_OK);
+        const auto text   = g.evaluated();
+        auto       prompt = text;
+        prompt[60]        = (prompt[60] + 1) % fake::n_vocab;
+        CHECK(reuse(s, text, prompt) == 50);
+        g.take_up(prompt, 50);
+        g.run(200);
+        CHECK(h.draft.start == 50);
+        CHECK(h.n_unknown_rows == 0);
+        CHECK(h.faults() == "");
+        mtp_session_close(s, 1);
+    }
 }

@@ -114,24 +114,29 @@ TEST(a_session_opened_late_drafts_at_once) {
 }
 
 TEST(a_replaced_memory_drafts_again) {
-    host          h(options{});
-    mtp_session * s = h.open();
-    generation    g(h, s, prompt_of(9), 3, 200);
-    g.run(30);
-    // Another text is loaded into the target behind our back.
-    const auto other = prompt_of(50, 2);
-    h.target.tokens.assign(other.begin(), other.begin() + 40);
-    h.target.own.assign(40, false);
-    h.truth = host::plain_text(other, 200);
-    CHECK(mtp_forget(s, 40) == MTP_OK);
-    CHECK(mtp_begin(s, other.data(), 40) == MTP_OK);
-    CHECK(mtp_live_row(s) == -1);
-    h.eval(s, { other.begin() + 40, other.end() }, 40);
-    g.text = other;
-    g.text.push_back(h.truth[50]);
-    g.run(120);
-    CHECK(h.faults() == "");
-    mtp_session_close(s, 1);
+    for (int32_t n : { 20, 40 }) {
+        for (int32_t same : { 0, 10 }) {  // tokens that both texts begin with
+            host          h(options{});
+            mtp_session * s = h.open();
+            generation    g(h, s, prompt_of(12), 3, 200);
+            g.run(30);
+            // Another text is loaded into the target behind our back.
+            auto other = prompt_of(50, 2);
+            std::copy(g.text.begin(), g.text.begin() + same, other.begin());
+            h.target.tokens.assign(other.begin(), other.begin() + n);
+            h.target.own.assign(n, false);
+            h.truth = host::plain_text(other, 200);
+            CHECK(mtp_forget(s, n) == MTP_OK);
+            CHECK(mtp_begin(s, other.data(), n) == MTP_OK);
+            CHECK(mtp_live_row(s) == -1);
+            h.eval(s, { other.begin() + n, other.end() }, n);
+            g.text = other;
+            g.text.push_back(h.truth[50]);
+            g.run(120);
+            CHECK(h.faults() == "");
+            mtp_session_close(s, 1);
+        }
+    }
 }
 
 // Logits that are no numbers: a pick without confidence, never one that looks sure.

@@ -129,6 +129,40 @@ TEST(a_prompt_without_memory_can_be_given_again) {
     }
 }
 
+// The hidden rows of a decode are lost, and nobody asks for them again.
+TEST(rows_that_found_no_memory_are_a_gap) {
+    for (const auto & o : kinds()) {
+        for (int64_t n = 1; n <= 4; ++n) {
+            host          h(o);
+            mtp_session * s      = h.open();
+            const auto    prompt = prompt_of(60);
+            generation    g(h, s, prompt_of(3), 3, 20);
+            g.run(8);
+            CHECK(mtp_truncate(s, 0) == MTP_OK);
+            h.truth = host::plain_text(prompt, 200);
+            for (int32_t pos = 0; pos < 60; pos += 10) {
+                h.decode_only({ prompt.begin() + pos, prompt.begin() + pos + 10 }, pos);
+                starved(n, [&] { return mtp_capture(s, &prompt[pos], 10, pos); });
+                CHECK(mtp_n_past(s) == pos + 10);
+            }
+            CHECK(mtp_checkpoint(s, prompt.data(), 60) == MTP_OK);
+            g.text = prompt;
+            g.text.push_back(h.truth[60]);
+            g.run(100);
+            const auto text   = g.evaluated();
+            auto       other  = first(text, 70);
+            other[65]         = (other[65] + 1) % fake::n_vocab;
+            const int32_t kept = reuse(s, text, other);
+            CHECK(kept == (o.recurrent || o.checkpoint ? 60 : 64));
+            g.take_up(other, kept);
+            g.run(140);
+            CHECK(h.faults() == "");
+            CHECK(!h.target.poisoned);
+            mtp_session_close(s, 1);
+        }
+    }
+}
+
 // Also where there is no memory for the sentence.
 TEST(a_failure_without_memory_has_its_status) {
     host          h(options{});

@@ -196,6 +196,23 @@ TEST(a_text_that_is_not_the_targets_keeps_nothing) {
     mtp_session_close(s, 1);
 }
 
+// All of a text is kept only where its last row can be sampled.
+TEST(a_text_whose_last_logits_are_gone_is_read_from_its_last_token) {
+    options o;
+    o.n_batch = 64;  // the draft has read nothing yet
+    host          h(o);
+    mtp_session * s = h.open();
+    generation    g(h, s, prompt_of(20), 4, 100);
+    CHECK(mtp_truncate(s, 15) == MTP_OK);
+    CHECK(mtp_live_row(s) == -1);
+    const auto text = first(g.text, 15);
+    CHECK(reuse(s, text, text) == 14);
+    g.take_up(text, 14);
+    g.run(60);
+    CHECK(h.faults() == "");
+    mtp_session_close(s, 1);
+}
+
 // A window that has moved on keeps nothing but the text's own end; one that has not, all of it.
 TEST(a_sliding_window_goes_back_while_it_is_whole) {
     for (int32_t n : { 20, 28, 29, 60 }) {

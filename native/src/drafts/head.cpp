@@ -66,7 +66,7 @@ bool chained_heads::finish(head & h, int32_t n_steps, int32_t n_true) const {
 
 // --- what all of them share --------------------------------------------------------------------------------------------
 
-head::head(const host_api & api, const mtp_session_params & params)
+head::head(const host_api & api, const mtp_session_params & params, int32_t end)
     : api_(api), params_(params), memory_(api.get_memory(params.draft)), steps_(steps_of(params)), pick_(api, params_),
       queue_(params.n_batch + window(), params.n_embd), batch_(params.n_batch, params.n_embd), vocabulary_(params),
       hidden_(params.n_embd) {
@@ -74,7 +74,8 @@ head::head(const host_api & api, const mtp_session_params & params)
         throw failure(MTP_HOST, "the draft context has no memory");
     }
     api_.set_embeddings_nextn(params_.draft, true, params_.gathers != 0 || params_.all_outputs != 0);
-    pick_.attach();
+    restart(end);
+    pick_.attach();  // last: a constructor that fails leaves no sampler on the context
 }
 
 // Most waiting rows that are read; 0: all. What rounds leave behind is no prompt, and has to fit.
@@ -153,7 +154,7 @@ void head::truncate(int32_t end) {
 }
 
 const float * head::row(int32_t end) const {
-    return alive() && queue_.end() == end ? queue_.hidden(end) : nullptr;
+    return queue_.end() == end ? queue_.hidden(end) : nullptr;
 }
 
 // Drops all but the last n waiting rows, and the memory, which would have a hole.

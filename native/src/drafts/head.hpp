@@ -66,7 +66,8 @@ struct shared_kv : steps {
 // memory before them, as a hole in the middle of a text is worth less than a text that begins later.
 class head : public source {
   public:
-    head(const host_api & api, const mtp_session_params & params);
+    // The next token of the text stands at `end`.
+    head(const host_api & api, const mtp_session_params & params, int32_t end);
 
     void  begin(const int32_t * tokens, int32_t n) override;
     // Positions after a gap restart the draft memory, unless the architecture allows the gap.
