@@ -112,7 +112,7 @@ TEST(bad_arguments_are_refused_and_change_nothing) {
     CHECK(next(s, 1, end, rule_of(-1, 0), step) == MTP_INVALID);
     auto narrow_rule   = constant_rule(3, 0);
     narrow_rule.window = -1;
-    CHECK(next(s, 1, end, &narrow_rule, step) == MTP_INVALID);
+    CHECK(next(s, g.text.back(), end, &narrow_rule, step) == MTP_INVALID);
     CHECK(next(s, 1, end + 5, rule_of(3, 0), step) == MTP_INVALID);
     CHECK(mtp_settle(s) == MTP_OK);
     CHECK(next(s, -1, end, rule_of(3, 0), step) == MTP_INVALID);

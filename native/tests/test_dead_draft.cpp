@@ -179,6 +179,54 @@ TEST(a_draft_that_dies_catching_up_is_left_alone_at_once) {
     }
 }
 
+// It dies in a round that then fails: the round is made again without it.
+TEST(a_draft_that_died_in_a_failed_round_is_not_asked_again) {
+    host          h(options{});
+    mtp_session * s = h.open();
+    generation    g(h, s, prompt_of(9), 3, 250);
+    for (int failed = 0; failed < 2; ++failed) {
+        h.fail_in["decode draft"] = 1;
+        do {
+            CHECK(g.try_next() == MTP_OK);
+        } while (!h.fail_in.empty());
+    }
+    CHECK(mtp_settle(s) == MTP_OK);
+    h.fail_in["decode draft"] = h.fail_in["decode target"] = 1;
+    CHECK(g.try_next() == MTP_HOST);
+    CHECK(is_dead(s));
+    const int decodes = h.draft.n_decodes;
+    CHECK(g.try_next() == MTP_OK);
+    g.run(60);
+    CHECK(h.draft.n_decodes == decodes);
+    CHECK(h.faults() == "");
+    mtp_session_close(s, 1);
+}
+
+// A chain whose later heads fail to catch up has read nothing of the round: `last` is read again.
+TEST(a_chain_that_fails_behind_its_drafts_reads_the_round_again) {
+    options o;
+    o.n_heads = 4;
+    for (const char * name : { "decode draft", "seq_rm draft" }) {
+        host          h(o);
+        mtp_session * s = h.open();
+        generation    g(h, s, prompt_of(9), 1, 250);
+        g.run(20);
+        CHECK(mtp_settle(s) == MTP_OK);
+        const int32_t pos = static_cast<int32_t>(g.text.size()) - 1;
+        h.fail_in[name]   = std::string(name) == "decode draft" ? 2 : 1;
+        CHECK(g.try_next() == MTP_OK);
+        CHECK(h.fail_in.empty());
+        CHECK(g.step.n_drafted == 1);
+        CHECK(mtp_settle(s) == MTP_OK);
+        h.draft_positions.clear();
+        CHECK(g.try_next() == MTP_OK);
+        CHECK(h.draft_positions.front() == pos);
+        g.run(60);
+        CHECK(h.faults() == "");
+        mtp_session_close(s, 1);
+    }
+}
+
 // A generation may begin before the rest of its prompt is evaluated: the draft then reads that part.
 TEST(a_draft_that_is_revived_early_reads_the_prompt) {
     for (const auto & o : kinds()) {
@@ -193,9 +241,9 @@ TEST(a_draft_that_is_revived_early_reads_the_prompt) {
             g.run(100);
             const auto text   = g.evaluated();
             auto       prompt = text;
-            prompt[60]        = (prompt[60] + 1) % fake::n_vocab;
+            prompt[51]        = (prompt[51] + 1) % fake::n_vocab;
             const int32_t kept = reuse(s, text, prompt);
-            CHECK(kept == (o.recurrent || o.checkpoint ? 50 : dead ? 60 : 59));  // a dead one lacks nothing
+            CHECK(kept == (o.recurrent || o.checkpoint || !dead ? 50 : 51));  // a dead one lacks no row
             CHECK(mtp_replay(s) == MTP_OK);
             CHECK(mtp_begin(s, prompt.data(), kept) == MTP_OK);
             h.draft_positions.clear();
@@ -205,7 +253,7 @@ TEST(a_draft_that_is_revived_early_reads_the_prompt) {
             g.text.push_back(h.truth[prompt.size()]);
             CHECK(g.try_next() == MTP_OK);
             CHECK(g.step.n_drafted == 3);
-            CHECK(o.shares_kv || h.draft_positions.front() == (dead ? kept : o.recurrent || o.checkpoint ? 50 : 60));
+            CHECK(o.shares_kv || h.draft_positions.front() == (dead || o.recurrent || o.checkpoint ? kept : 51));
             CHECK(o.shares_kv || h.draft.start == (dead ? kept : 0));
             g.run(200);
             CHECK(h.faults() == "");

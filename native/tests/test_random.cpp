@@ -7,7 +7,7 @@
 using namespace fixture;
 
 // Random operations against a list of tokens: what the adapter may do, in any order.
-static void random_operations(uint32_t seed, int steps) {
+static mtp_counters random_operations(uint32_t seed, int steps) {
     std::mt19937 rng(seed);
     const auto   pick = [&](uint32_t n) { return static_cast<int32_t>(rng() % n); };
     options      o;
@@ -23,6 +23,7 @@ static void random_operations(uint32_t seed, int steps) {
     o.n_ubatch   = o.n_rs_seq + 2 + pick(std::max(1, o.n_batch - o.n_rs_seq - 1));
     o.n_ctx      = 60 + pick(200);
     o.prefill_window = pick(2) != 0 ? 1 + pick(40) : 0;
+    o.n_checkpoints  = pick(4);
     host                 h(o);
     mtp_session *        s = h.open();
     std::vector<int32_t> text;  // its last token is not evaluated
@@ -88,10 +89,35 @@ static void random_operations(uint32_t seed, int steps) {
                 }
                 CHECK(next(s, text.back(), pos, rule_of(o.n_draft_max), drafts, step) == MTP_OK);
                 CHECK(step.new_round == 1);
-                CHECK(step.n_drafted == n || (o.checkpoint && step.n_drafted == 0));
+                CHECK(step.n_drafted == n);
                 text.push_back(step.token);
                 break;
             }
+            case 6: {  // a prompt that shares a part with the text
+                auto prompt = first(text, pick(3) == 0 ? pos : pick(pos + 1));
+                for (int32_t n = std::min(pick(5), o.n_ctx - pos - 3); prompt.empty() || n > 0; --n) {
+                    prompt.push_back(pick(fake::n_vocab));
+                }
+                const auto    n    = static_cast<int32_t>(prompt.size());
+                const int32_t kept = reuse(s, first(text, pos), prompt);
+                if (kept == 0) {
+                    CHECK(mtp_truncate(s, 0) == MTP_OK);
+                }
+                h.truth = host::plain_text(prompt, o.n_ctx + 2);
+                if (kept < n) {
+                    CHECK(mtp_replay(s) == MTP_OK);
+                    h.eval(s, { prompt.begin() + kept, prompt.end() }, kept);
+                }
+                text = prompt;
+                text.push_back(h.truth[n]);
+                break;
+            }
+            case 7:
+                CHECK(mtp_replay(s) == MTP_OK);
+                CHECK(mtp_checkpoint(s, text.data(), pos) == MTP_OK);
+                break;
+            case 8: CHECK(mtp_begin(s, text.data(), pos) == MTP_OK); break;
+            case 9: h.fail_in["decode draft"] = 1; break;
             default: {
                 mtp_step step{};
                 mtp_rule rule = constant_rule(pick(o.n_draft_max + 2), pick(2) * 0.3f);
@@ -109,11 +135,22 @@ static void random_operations(uint32_t seed, int steps) {
         CHECK(h.faults() == "");
         CHECK(mtp_n_past(s) == static_cast<int32_t>(text.size()) - 1);
     }
+    CHECK(mtp_settle(s) == MTP_OK);
+    const auto c = counters_of(s);
+    CHECK(c.n_sampled == h.n_samples);
     mtp_session_close(s, 1);
+    return c;
 }
 
 TEST(random_operations_keep_the_text) {
+    mtp_counters all{};
     for (uint32_t seed = 1; seed <= 200; ++seed) {
-        random_operations(seed, 500);
+        const auto c = random_operations(seed, 500);
+        all.n_accepted += c.n_accepted;
+        all.n_draft_failures += c.n_draft_failures;
+        all.n_checkpoints_restored += c.n_checkpoints_restored;
     }
+    CHECK(all.n_accepted > 1000);
+    CHECK(all.n_draft_failures > 1000);
+    CHECK(all.n_checkpoints_restored > 50);
 }

@@ -78,6 +78,7 @@ TEST(a_refusal_in_a_round_keeps_the_round) {
         CHECK(next(s, 1, end, rule_of(3), { 1, fake::n_vocab }, step) == MTP_INVALID);
         CHECK(next(s, 1, end + 1, rule_of(3, 0), step) == MTP_INVALID);
         CHECK(mtp_truncate(s, end + 1) == MTP_INVALID);
+        CHECK(next(s, (g.text.back() + 1) % fake::n_vocab, end, rule_of(3), step) == MTP_INVALID);  // another text's
         h.fail_in["seq_rm target"] = 1;
         CHECK(mtp_truncate(s, end) == MTP_ROLLBACK);
         mtp_counters c{};
