@@ -191,7 +191,7 @@ class DepthPolicy:
             if regime.left <= 0:
                 self._learned()
         elif state is State.LOOKING:
-            if draft_ns > 0:
+            if picks or draft_ns > 0:  # the first of all rounds is plain
                 regime.left -= 1
                 regime.look_ns += draft_ns
             if regime.left <= 0:
