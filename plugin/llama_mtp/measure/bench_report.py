@@ -105,10 +105,10 @@ def require_writable(json_file: Path | None, plot: Path | None) -> None:
             raise LlamaMtpError(
                 f"There is no folder {file.parent} to write {file.name} to; make it."
             )
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise LlamaMtpError("--plot needs matplotlib: pip install 'llama-mtp[bench]'.")
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise LlamaMtpError(f"--plot cannot draw {plot.name}; name it .png, .svg or .pdf.")
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise LlamaMtpError("--plot needs matplotlib: pip install 'llama-mtp[bench]'.")
 
 
 def write_json(file: Path, told: Mapping[str, Any]) -> None:
